@@ -1,0 +1,88 @@
+"""What a numerical precision must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Precision:
+    """Decides the dtypes of parameters, inputs, compute and outputs. This base class is ``"32-true"``: it does nothing.
+
+    Override only what you need. Core looks at what a subclass overrides and skips the rest, so that a hook which is
+    not overridden costs nothing per step.
+
+    Attributes:
+        fabric_api: the contract level the class was written for.
+        precision: the name it goes by, such as ``"bf16-mixed"``.
+        compute_dtype: the dtype that matrix multiplications run in, for FLOP counts and memory estimates.
+        supported_accelerators: names of accelerators it runs on; ``None`` for all.
+    """
+
+    fabric_api: ClassVar[str] = "1"
+    supported_accelerators: ClassVar[frozenset[str] | None] = None
+    precision: str = "32-true"
+    compute_dtype: torch.dtype = torch.float32
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Change the parameters' dtype or swap layers, before the module moves to its device."""
+        return module
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Entered while the user creates tensors."""
+        return nullcontext()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Entered while the user builds a module."""
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Entered around every forward."""
+        return nullcontext()
+
+    def convert_input(self, data: Any) -> Any:
+        """Change the dtypes of what goes into forward; any nesting of containers."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """Change the dtypes of what comes out of forward; any nesting of containers."""
+        return data
+
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """Before backward; the returned tensor is the one that backward starts from."""
+        return tensor
+
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward."""
+        tensor.backward(*args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
+        """After backward."""
+        return tensor
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Step the optimizer; ``closure`` may be among the keywords."""
+        return optimizer.step(**kwargs)
+
+    def main_params(self, optimizer: Optimizer) -> Any:
+        """The parameters whose gradients are clipped."""
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Bring gradients back to their true scale before they are clipped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for training to go on exactly, such as the loss scale."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+
+    def teardown(self) -> None:
+        """Undo global changes made since construction."""

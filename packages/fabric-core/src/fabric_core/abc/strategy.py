@@ -1,0 +1,158 @@
+"""How a model is spread over processes and devices."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from fabric_core.abc.accelerator import Accelerator
+    from fabric_core.abc.checkpoint import CheckpointIO
+    from fabric_core.abc.environment import ClusterEnvironment
+    from fabric_core.abc.launcher import Launcher
+    from fabric_core.abc.precision import Precision
+    from fabric_core.types import Path
+
+
+class GradientSync(Protocol):
+    """Switches the exchange of gradients between processes off for a while."""
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        """While entered with ``enabled``, backward through ``module`` only accumulates. Restores what it found."""
+
+
+class Strategy(ABC):
+    """The contract of a strategy: what core calls, and nothing else.
+
+    Subclass ``fabric_core.strategies.Strategy`` in practice: it fills this contract with working defaults, so that a
+    strategy for one device is a dozen lines, and ``ParallelStrategy`` for one over several processes.
+
+    Attributes:
+        fabric_api: the contract level the class was written for.
+        setup_mode: ``"joint"`` wants ``setup(module, optimizer)``, ``"separate"`` wants ``setup_module`` and then
+            ``setup_optimizers``, ``"either"`` takes both.
+        requires_launch: collectives need ``Fabric.launch()`` first.
+        multiple_devices: uses all devices given, not just the first.
+        supported_accelerators: names of accelerators it runs on; ``None`` for all.
+        precision_family: precision names are looked up as ``"<family>.<name>"`` in the registry; ``None`` for the
+            general ones.
+        moves_batches: its data loaders already put batches on the device.
+        gradient_sync: the switch for gradient accumulation; ``None`` if there is none.
+        sync_free: no gradients are exchanged at all, so that ``no_backward_sync`` has nothing to do.
+    """
+
+    fabric_api: ClassVar[str] = "1"
+    setup_mode: ClassVar[Literal["either", "joint", "separate"]] = "either"
+    requires_launch: ClassVar[bool] = False
+    multiple_devices: ClassVar[bool] = False
+    supported_accelerators: ClassVar[frozenset[str] | None] = None
+    precision_family: ClassVar[str | None] = None
+    moves_batches: ClassVar[bool] = False
+    sync_free: ClassVar[bool] = False
+    gradient_sync: GradientSync | None = None
+
+    accelerator: Accelerator | None
+    precision: Precision
+    checkpoint_io: CheckpointIO
+    launcher: Launcher | None
+
+    # -- where ---------------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+
+    @property
+    @abstractmethod
+    def is_global_zero(self) -> bool:
+        """Whether this process has rank 0 among all."""
+
+    # -- life cycle ----------------------------------------------------------------------------------------------
+    @abstractmethod
+    def connect(
+        self, *, devices: list[torch.device], num_nodes: int, environment: ClusterEnvironment, interactive: bool
+    ) -> None:
+        """Take the resolved devices of this node and the environment; build the launcher. Touches no device."""
+
+    @abstractmethod
+    def setup_environment(self) -> None:
+        """First call in every process: set the device, join the process group."""
+
+    @abstractmethod
+    def teardown(self) -> None:
+        """Last call in every process."""
+
+    # -- wrapping ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Wrap all together; same order back."""
+
+    @abstractmethod
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Wrap the module alone."""
+
+    @abstractmethod
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Wrap one optimizer alone."""
+
+    @abstractmethod
+    def module_to_device(self, module: nn.Module) -> None:
+        """Move parameters and buffers to ``root_device``, in place."""
+
+    @abstractmethod
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Entered while the user builds a module; ``empty_init=True`` leaves weights uninitialised."""
+
+    # -- stepping ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward."""
+
+    @abstractmethod
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Step what ``step_target`` returned."""
+
+    def step_target(self, optimizer: Optimizer) -> Any:
+        """What ``optimizer.step()`` really steps: the optimizer, or the engine that owns it."""
+        return optimizer
+
+    # -- collectives: every rank calls them, in the same order ---------------------------------------------------
+    @abstractmethod
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Shape ``(...)`` on each rank to ``(world_size, ...)`` on every rank."""
+
+    @abstractmethod
+    def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce in place; the same value on every rank."""
+
+    @abstractmethod
+    def barrier(self, name: str | None = None) -> None:
+        """Return once every rank has called it."""
+
+    @abstractmethod
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of global rank ``src``, on every rank."""
+
+    # -- checkpoints: every rank calls them ----------------------------------------------------------------------
+    @abstractmethod
+    def save_checkpoint(
+        self, path: Path, state: dict[str, Any], storage_options: Any = None, filter: dict[str, Any] | None = None
+    ) -> None:
+        """Write the state of the objects in ``state``; complete or absent."""
+
+    @abstractmethod
+    def load_checkpoint(
+        self, path: Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore the objects in ``state`` in place; return what was not asked for."""
+
+    def validate_optimizer(self, optimizers: Iterable[Optimizer]) -> None:  # noqa: B027 - optional
+        """``RuntimeError`` if an optimizer cannot be set up now, as one that still refers to meta parameters."""
