@@ -8,6 +8,7 @@ FabricError
 ├── UnsupportedError (NotImplementedError)   a combination that a backend does not offer
 ├── CheckpointError (RuntimeError)           a checkpoint that cannot be written or is damaged
 │   └── CheckpointKeyError (KeyError)        keys asked for that the checkpoint does not hold, or the other way round
+├── NoLoggerError (IndexError)               ``fabric.logger`` without any logger
 ├── WorkerFailedError (RuntimeError)         a worker process failed; holds the first failure
 └── PluginError                              a plugin cannot be found or used
     ├── UnknownPluginError (ValueError, KeyError)
@@ -93,3 +94,7 @@ class PluginLoadError(PluginError, ImportError):
 
 class PluginBlockedError(PluginError, RuntimeError):
     """The plugin is installed, but a switch (``FABRIC_PLUGINS`` and its kin) keeps it out."""
+
+
+class NoLoggerError(FabricError, IndexError):
+    """A logger was asked for, and none was given."""

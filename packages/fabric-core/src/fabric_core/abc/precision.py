@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fabric_core.abc.overrides import overrides
+
 
 class Precision:
     """Decides the dtypes of parameters, inputs, compute and outputs. This base class is ``"32-true"``: it does nothing.
@@ -28,6 +30,16 @@ class Precision:
     supported_accelerators: ClassVar[frozenset[str] | None] = None
     precision: str = "32-true"
     compute_dtype: torch.dtype = torch.float32
+
+    @property
+    def changes_backward(self) -> bool:
+        """Whether ``loss.backward()`` alone would be wrong, so that users must call ``fabric.backward(loss)``."""
+        return overrides(self, Precision, "pre_backward", "backward", "post_backward")
+
+    @property
+    def changes_step(self) -> bool:
+        """Whether the optimizer must be stepped through this object."""
+        return overrides(self, Precision, "optimizer_step")
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Change the parameters' dtype or swap layers, before the module moves to its device."""

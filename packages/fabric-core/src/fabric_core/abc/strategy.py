@@ -62,7 +62,13 @@ class Strategy(ABC):
     checkpoint_io: CheckpointIO
     launcher: Launcher | None
 
-    # -- where ---------------------------------------------------------------------------------------------------
+    # -- where: one process unless a strategy says otherwise ------------------------------------------------------
+    global_rank: int = 0
+    local_rank: int = 0
+    node_rank: int = 0
+    world_size: int = 1
+    distributed_sampler_kwargs: dict[str, Any] | None = None
+
     @property
     @abstractmethod
     def root_device(self) -> torch.device:
@@ -104,25 +110,57 @@ class Strategy(ABC):
         """Wrap one optimizer alone."""
 
     @abstractmethod
+    def validate_optimizer(self, optimizers: Iterable[Optimizer]) -> None:
+        """``RuntimeError`` if an optimizer cannot be set up now, as one that still refers to meta parameters."""
+
+    @abstractmethod
     def module_to_device(self, module: nn.Module) -> None:
         """Move parameters and buffers to ``root_device``, in place."""
+
+    @abstractmethod
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Entered while the user creates tensors."""
 
     @abstractmethod
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Entered while the user builds a module; ``empty_init=True`` leaves weights uninitialised."""
 
+    @abstractmethod
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Replace a data loader by one that feeds the devices faster, or return it."""
+
     # -- stepping ------------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def changes_backward(self) -> bool:
+        """Whether ``loss.backward()`` alone would be wrong, so that users must call ``fabric.backward(loss)``."""
+
+    @property
+    @abstractmethod
+    def changes_step(self) -> bool:
+        """Whether ``optimizer.step()`` must pass through ``optimizer_step``."""
+
     @abstractmethod
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward."""
+
+    def step_target(self, optimizer: Optimizer) -> Any:
+        """What ``optimizer.step()`` really steps: the optimizer, or the engine that owns it."""
+        return optimizer
 
     @abstractmethod
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step what ``step_target`` returned."""
 
-    def step_target(self, optimizer: Optimizer) -> Any:
-        """What ``optimizer.step()`` really steps: the optimizer, or the engine that owns it."""
-        return optimizer
+    @abstractmethod
+    def clip_gradients_norm(
+        self, module: nn.Module, optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        """Scale gradients down to ``max_norm``; return the norm before, shape ``()``."""
+
+    @abstractmethod
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        """Limit each gradient element."""
 
     # -- collectives: every rank calls them, in the same order ---------------------------------------------------
     @abstractmethod
@@ -134,6 +172,10 @@ class Strategy(ABC):
         """Reduce in place; the same value on every rank."""
 
     @abstractmethod
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks (or any, with ``all=False``) decided True."""
+
+    @abstractmethod
     def barrier(self, name: str | None = None) -> None:
         """Return once every rank has called it."""
 
@@ -142,6 +184,10 @@ class Strategy(ABC):
         """The object of global rank ``src``, on every rank."""
 
     # -- checkpoints: every rank calls them ----------------------------------------------------------------------
+    @abstractmethod
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's whole state on rank 0; may be empty on others."""
+
     @abstractmethod
     def save_checkpoint(
         self, path: Path, state: dict[str, Any], storage_options: Any = None, filter: dict[str, Any] | None = None
@@ -153,6 +199,3 @@ class Strategy(ABC):
         self, path: Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Restore the objects in ``state`` in place; return what was not asked for."""
-
-    def validate_optimizer(self, optimizers: Iterable[Optimizer]) -> None:  # noqa: B027 - optional
-        """``RuntimeError`` if an optimizer cannot be set up now, as one that still refers to meta parameters."""

@@ -38,6 +38,11 @@ TABLE: Final[dict[str, dict[str, str]]] = {
         "torch": "fabric_core.checkpoint.torch_io:TorchCheckpointIO",
     },
     "logger": {},
+    "command": {
+        "run": "fabric_core.cli.run:run",
+        "plugins": "fabric_core.cli.plugins:plugins",
+        "explain": "fabric_core.cli.explain:explain",
+    },
 }
 
 HOOKS: Final[dict[str, str]] = {

@@ -1,0 +1,59 @@
+"""Collectives on one tensor. Every rank of the group calls them, in the same order, with the same shape and dtype."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fabric_core.errors import InvalidArgumentError
+
+_OPS: Final = ("sum", "mean", "avg", "min", "max", "product", "band", "bor", "bxor")
+
+
+def gather_tensor(tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+    """``(...)`` on each rank to ``(group size, ...)`` on every rank. ``sync_grads`` lets gradients flow back."""
+    tensor = tensor.contiguous()
+    if sync_grads and tensor.requires_grad:
+        from torch.distributed.nn.functional import all_gather  # imports much of torch: only when asked for
+
+        return torch.stack(all_gather(tensor, group if group is not None else dist.group.WORLD))
+    out = tensor.new_empty((dist.get_world_size(group), *tensor.shape))
+    dist.all_gather(list(out.unbind(0)), tensor.detach(), group=group)
+    return out
+
+
+def reduce_tensor(tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+    """Reduce in place over the group and return the tensor.
+
+    Means are a sum and a division here, because gloo averages no integers; integer tensors are divided rounding down.
+    """
+    op, divide = _operation(reduce_op)
+    alias = tensor.detach()  # the value changes in place, the autograd graph of the tensor stays out of it
+    raw = alias.contiguous()
+    dist.all_reduce(raw, op=op, group=group)
+    if divide:
+        size = dist.get_world_size(group)
+        if raw.is_floating_point() or raw.is_complex():
+            raw.div_(size)
+        else:
+            raw.floor_divide_(size)
+    if raw.data_ptr() != alias.data_ptr():
+        alias.copy_(raw)
+    return tensor
+
+
+def _operation(reduce_op: Any) -> tuple[Any, bool]:
+    """The native operation, and whether to divide by the group's size afterwards."""
+    if reduce_op is None:
+        return dist.ReduceOp.SUM, False
+    if not isinstance(reduce_op, str):
+        return (dist.ReduceOp.SUM, True) if reduce_op == dist.ReduceOp.AVG else (reduce_op, False)
+    word = reduce_op.lower()
+    if word in ("mean", "avg"):
+        return dist.ReduceOp.SUM, True
+    if word not in _OPS:
+        raise InvalidArgumentError(f"reduce_op={reduce_op!r} is unknown. Expected one of {', '.join(_OPS)}.")
+    return getattr(dist.ReduceOp, word.upper()), False

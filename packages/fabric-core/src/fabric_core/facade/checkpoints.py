@@ -1,0 +1,119 @@
+"""Saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fabric_core.checkpoint.state import validate_filter
+from fabric_core.errors import CheckpointError, InvalidTypeError
+from fabric_core.facade.base import FabricBase
+from fabric_core.wrappers.unwrap import unwrap, unwrap_objects
+
+if TYPE_CHECKING:
+    from fabric_core.types import Path
+
+
+class Checkpoints(FabricBase):
+    """``save``, ``load`` and ``load_raw``. Every rank calls them."""
+
+    def save(
+        self, path: Path, state: dict[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None
+    ) -> None:
+        """Write a checkpoint, complete or not at all. Every rank calls it.
+
+        Args:
+            path: where to.
+            state: modules, optimizers and other objects with ``state_dict``, and plain values, by name.
+            filter: for a name in ``state``, which ``(key, value)`` of its state dict to keep.
+
+        Raises:
+            TypeError, ValueError: ``state`` or ``filter`` cannot be used; nothing was written.
+            CheckpointError: on all ranks, if one of them failed; what was at ``path`` before is still there.
+        """
+        if not isinstance(state, dict):
+            raise InvalidTypeError(
+                f"fabric.save() takes a dict of names and objects, not a {type(state).__name__}: "
+                '{"model": model, "optimizer": optimizer}.'
+            )
+        self._require_launch("save")
+        validate_filter(state, filter)
+        self._notify("fabric_on_save", path=path, state=state)
+        inner = unwrap_objects(state)
+        self._together("save", path, lambda: self._strategy.save_checkpoint(path, inner, filter=filter))
+
+    def load(
+        self,
+        path: Path,
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Restore the objects in ``state`` from a checkpoint, in place. Every rank calls it.
+
+        Args:
+            path: where from.
+            state: objects by the names they were saved under; plain values are replaced in the dict. Without it, the
+                whole checkpoint is returned.
+            strict: every name in ``state`` must be in the checkpoint, and modules must match key by key.
+            weights_only: ``False`` runs code from the file: only for files you trust.
+
+        Returns:
+            What the checkpoint holds beyond ``state``.
+
+        Raises:
+            KeyError: names are missing; the message lists all of them, and nothing was changed.
+            FileNotFoundError: nothing is at ``path``.
+        """
+        self._require_launch("load")
+        inner = None if state is None else unwrap_objects(state)
+        remainder: dict[str, Any] = self._together(
+            "load",
+            path,
+            lambda: self._strategy.load_checkpoint(path, state=inner, strict=strict, weights_only=weights_only),
+        )
+        if state is not None and isinstance(inner, dict):
+            for name, value in inner.items():
+                if not _is_stateful(value):
+                    state[name] = value
+        self._notify("fabric_on_load", path=path, state=state)
+        return remainder
+
+    def load_raw(self, path: Path, obj: Any, strict: bool = True, *, weights_only: bool | None = None) -> None:
+        """Load a file that holds one bare state dict into a module or optimizer, in place. Every rank calls it.
+
+        Raises:
+            TypeError: neither a module nor an optimizer.
+        """
+        inner = unwrap(obj)
+        if not isinstance(inner, nn.Module) and not hasattr(inner, "param_groups"):
+            raise InvalidTypeError(
+                f"fabric.load_raw() takes a module or an optimizer, not a {type(obj).__name__}. For a dict of objects "
+                "use fabric.load(path, state)."
+            )
+        self._require_launch("load_raw")
+        self._together(
+            "load_raw",
+            path,
+            lambda: self._strategy.load_checkpoint(path, state=inner, strict=strict, weights_only=weights_only),
+        )
+
+    def _together(self, what: str, path: Path, action: Callable[[], Any]) -> Any:
+        """Run ``action`` on every rank; if it fails on one, no rank goes on as if it had worked."""
+        if self.world_size == 1:
+            return action()
+        try:
+            result = action()
+        except BaseException:
+            self._strategy.reduce_boolean_decision(False)
+            raise
+        if not self._strategy.reduce_boolean_decision(True):
+            raise CheckpointError(f"fabric.{what}({str(path)!r}) failed on another rank; its error says why.")
+        return result
+
+
+def _is_stateful(value: Any) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")

@@ -1,0 +1,33 @@
+"""Name tables: modules that hold no code but the names of things that live elsewhere, loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def name_table(
+    module: str, table: Mapping[str, str], elsewhere: Callable[[str], Any] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` (PEP 562) for a module whose names are listed as ``"module:attribute"``.
+
+    Args:
+        module: ``__name__`` of the module.
+        table: public name to target. A target without ``:`` is a module.
+        elsewhere: asked for names that are not listed, such as those of other distributions; returns ``None`` for
+            what it does not know.
+    """
+
+    def load(name: str) -> Any:
+        target = table.get(name)
+        if target is None:
+            value = elsewhere(name) if elsewhere is not None and not name.startswith("__") else None
+            if value is not None:
+                return value
+            raise AttributeError(f"module {module!r} has no attribute {name!r}. It has {', '.join(sorted(table))}.")
+        path, _, attribute = target.partition(":")
+        found: Any = importlib.import_module(path)
+        return getattr(found, attribute) if attribute else found
+
+    return load, lambda: sorted(table)

@@ -1,0 +1,37 @@
+"""Makes sure that every rank uses the same plugins: one that differs in version corrupts a job late and quietly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fabric_core.errors import IncompatiblePluginError
+from fabric_core.registry.contract import CORE_VERSION
+from fabric_core.registry.discovery import Discovery
+from fabric_core.registry.ref import CORE, GROUPS, PluginRef, dist_key, name_key
+
+
+def fingerprint(refs: Iterable[PluginRef], discovery: Discovery) -> tuple[str, ...]:
+    """What stands behind each reference on this machine; equal on two machines exactly if it is the same."""
+    return (f"{CORE} {CORE_VERSION}", *(_line(ref, discovery) for ref in refs))
+
+
+def check_fingerprints(by_rank: Sequence[tuple[str, ...]]) -> None:
+    """``IncompatiblePluginError`` naming the rank, the distribution and the versions if a rank differs from rank 0."""
+    for rank, lines in enumerate(by_rank):
+        for here, first in zip(lines, by_rank[0], strict=True):
+            if here != first:
+                raise IncompatiblePluginError(
+                    f"rank {rank} has {here}, rank 0 has {first}: install the same versions on every machine."
+                )
+
+
+def _line(ref: PluginRef, discovery: Discovery) -> str:
+    label = f"{ref.kind} {ref.name!r}"
+    if not ref.dist:
+        return f"{label} from {ref.value}"
+    if dist_key(ref.dist) == CORE:
+        return f"{label} from {CORE} {CORE_VERSION} ({ref.value})"
+    for entry in discovery.entries_of(ref.dist):
+        if entry.group == GROUPS[ref.kind] and name_key(entry.name) == name_key(ref.name):
+            return f"{label} from {entry.dist} {entry.version} ({entry.value})"
+    return f"{label} not installed (it comes from {ref.dist})"

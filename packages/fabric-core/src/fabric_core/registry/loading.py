@@ -1,0 +1,64 @@
+"""Turns a reference into the object it means, and calls it with what it understands."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fabric_core.errors import PluginLoadError
+from fabric_core.registry.contract import check_level
+from fabric_core.registry.ref import PluginRef
+from fabric_core.registry.switches import trace
+
+
+def import_value(value: str) -> Any:
+    """The object that ``"module:attribute.path"``, or a mere ``"module"``, stands for."""
+    module, _, path = value.partition(":")
+    found: Any = importlib.import_module(module)
+    for attribute in path.split(".") if path else ():
+        found = getattr(found, attribute)
+    return found
+
+
+def load(ref: PluginRef) -> Callable[..., Any]:
+    """Import the one target of a reference; its contract level fits and it can be called.
+
+    ``PluginLoadError`` with the original error chained, ``IncompatiblePluginError``.
+    """
+    start = time.perf_counter()
+    try:
+        target = import_value(ref.value)
+    except Exception as error:  # a plugin's module may raise anything
+        raise PluginLoadError(
+            f"{ref} is found, but importing {ref.value!r} failed with {type(error).__name__}: {error}"
+        ) from error
+    trace(f"{ref}: imported {ref.value} in {1000 * (time.perf_counter() - start):.1f} ms")
+    check_level(target, ref)
+    if not callable(target):
+        raise PluginLoadError(
+            f"{ref} is found, but {ref.value!r} is a {type(target).__name__}, not a class or a function: "
+            'its entry point must read "module:Class".'
+        )
+    return target  # type: ignore[no-any-return]
+
+
+def accepted(target: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that the target takes. What core offers beyond that is not for this plugin."""
+    names = _keywords(target)
+    return kwargs if names is None else {name: value for name, value in kwargs.items() if name in names}
+
+
+@functools.lru_cache(maxsize=512)
+def _keywords(target: Callable[..., Any]) -> frozenset[str] | None:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C tell nothing
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    by_keyword = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in by_keyword)

@@ -1,0 +1,147 @@
+"""The plan: every decision that ``Fabric(...)`` made, before any device is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from fabric_core.abc.hooks import ResolveContext
+from fabric_core.errors import UsageError
+from fabric_core.registry import Registry, get_registry
+from fabric_core.resolve.accelerator import choose_accelerator
+from fabric_core.resolve.choice import Choice
+from fabric_core.resolve.compatibility import check_plan
+from fabric_core.resolve.devices import choose_devices, choose_num_nodes
+from fabric_core.resolve.environment import choose_environment
+from fabric_core.resolve.objects import Objects, collect_objects
+from fabric_core.resolve.precision import choose_precision
+from fabric_core.resolve.request import DEFAULTS, Request
+from fabric_core.resolve.strategy import choose_strategy
+
+if TYPE_CHECKING:
+    import torch
+
+    from fabric_core.abc.accelerator import Accelerator
+    from fabric_core.abc.checkpoint import CheckpointIO
+    from fabric_core.abc.environment import ClusterEnvironment
+    from fabric_core.abc.precision import Precision
+    from fabric_core.abc.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run: one ``Choice`` for each question, with its origin and reason.
+
+    Attributes:
+        environment: who starts the processes.
+        accelerator: the kind of device.
+        devices: the devices of this node.
+        num_nodes: how many nodes.
+        strategy: how the model is spread.
+        precision: the dtypes.
+        checkpoint_io: where checkpoints go; ``None`` leaves it to the strategy.
+        interactive: whether this is a notebook or a prompt.
+    """
+
+    environment: Choice[ClusterEnvironment]
+    accelerator: Choice[Accelerator]
+    devices: Choice[list[torch.device]]
+    num_nodes: Choice[int]
+    strategy: Choice[Strategy]
+    precision: Choice[Precision]
+    checkpoint_io: Choice[CheckpointIO] | None
+    interactive: bool
+
+    def choices(self) -> dict[str, Choice[Any]]:
+        """The decisions by name, in the order they were made."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Choice)}
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """The decisions as plain values, for JSON."""
+        return {name: choice.row() for name, choice in self.choices().items()}
+
+    def explain(self) -> str:
+        """A table of every value with its origin, its plugin and the reason for it."""
+        rows = [("", "value", "origin", "plugin", "reason")]
+        rows += [(name, c.name, c.origin, c.plugin or "-", c.reason) for name, c in self.choices().items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in rows
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What must be the same on every rank: names and the plugins, with versions, that stand behind them."""
+        return {
+            name: f"{c.name} from {c.plugin or 'an object in code'}"
+            for name, c in self.choices().items()
+            if name not in ("devices", "environment")
+        }
+
+    def build(self) -> Strategy:
+        """Connect the parts and return the strategy, ready to launch."""
+        strategy = self.strategy.value
+        strategy.accelerator = self.accelerator.value
+        strategy.precision = self.precision.value
+        if self.checkpoint_io is not None:
+            strategy.checkpoint_io = self.checkpoint_io.value
+        strategy.connect(
+            devices=self.devices.value,
+            num_nodes=self.num_nodes.value,
+            environment=self.environment.value,
+            interactive=self.interactive,
+        )
+        launcher = strategy.launcher
+        if self.interactive and launcher is not None and not launcher.is_interactive_compatible:
+            raise UsageError(
+                f"strategy={self.strategy.name!r} ({self.strategy.origin}) starts processes in a way that does not "
+                'work in notebooks and at the prompt. Use strategy="ddp_notebook", or devices=1.'
+            )
+        return strategy
+
+
+def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, registry: Registry | None = None) -> Plan:
+    """Decide everything, from arguments, environment and installed plugins. Touches no device.
+
+    Args:
+        arguments: by the names of ``Fabric(...)``; those left out have their default.
+        plugins: the ``plugins`` argument.
+        registry: where names are looked up; the process-wide one if not given.
+
+    Raises:
+        FabricError: whatever cannot work, in one message that names both origins of a conflict.
+    """
+    registry = registry or get_registry()
+    request = Request.gather({**DEFAULTS, **(arguments or {})}, plugins)
+    objects = collect_objects(request)
+    num_nodes = choose_num_nodes(request)
+    known: dict[str, Any] = {
+        "num_nodes": num_nodes.value,
+        "interactive": request.interactive,
+        "requested": {name: getattr(request, name).value for name in DEFAULTS},
+    }
+    environment = choose_environment(objects, registry, ResolveContext(**known))
+    known["environment"] = environment.name
+    accelerator = choose_accelerator(request, objects, registry, ResolveContext(**known))
+    known["accelerator"] = accelerator.name
+    devices = choose_devices(request, objects, accelerator.value, environment.value)
+    known["num_devices"] = len(devices.value)
+    strategy = choose_strategy(request, registry, ResolveContext(**known))
+    known["strategy"] = strategy.name
+    device_type = accelerator.value.device_type()
+    precision = choose_precision(
+        request, objects, strategy.value, device_type, registry, ResolveContext(**known)
+    )
+    plan = Plan(
+        environment, accelerator, devices, num_nodes, strategy, precision, _checkpoint_io(objects), request.interactive
+    )
+    check_plan(plan, registry)
+    if strategy.value.multiple_devices:
+        environment.value.validate_settings(len(devices.value), num_nodes.value)
+    return plan
+
+
+def _checkpoint_io(objects: Objects) -> Choice[CheckpointIO] | None:
+    given = objects.checkpoint_io
+    return None if given is None else Choice(given.value, type(given.value).__name__, given.origin)

@@ -1,0 +1,87 @@
+"""Which precision: the object given, or the name, looked up in the family of the strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fabric_core.abc.hooks import ResolveContext
+from fabric_core.abc.precision import Precision
+from fabric_core.abc.strategy import Strategy
+from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UnknownPluginError
+from fabric_core.precision.names import AMBIGUOUS, SHORT, full_name
+from fabric_core.rank_zero import rank_zero_warn
+from fabric_core.registry import Registry
+from fabric_core.resolve.choice import Choice, plugin_text
+from fabric_core.resolve.objects import Objects
+from fabric_core.resolve.request import Request
+
+
+def choose_precision(
+    request: Request, objects: Objects, strategy: Strategy, device_type: str, registry: Registry, ctx: ResolveContext
+) -> Choice[Precision]:
+    """The precision object.
+
+    Raises:
+        TypeError: neither a spelling, a number nor a ``Precision`` subclass.
+        ValueError: a spelling that nothing registers, or not for this family of strategies.
+    """
+    if objects.precision is not None:
+        value = objects.precision.value
+        return Choice(value, str(getattr(value, "precision", type(value).__name__)), objects.precision.origin)
+    asked = request.precision
+    if isinstance(asked.value, type) and issubclass(asked.value, Precision):
+        return Choice(registry.create("precision", asked.value), asked.value.__name__, asked.origin)
+    name, origin, reason = _name(request, registry, ctx)
+    if name == "16-mixed" and device_type == "cpu" and strategy.precision_family is None:
+        rank_zero_warn(
+            "precision='16-mixed' does not run on cpu: using 'bf16-mixed' instead. Pass precision='bf16-mixed' to "
+            "silence this."
+        )
+        name, reason = "bf16-mixed", "'16-mixed' does not run on cpu"
+    ref = _find(name, strategy.precision_family, registry)
+    value = registry.create("precision", ref, precision=name, device=device_type)
+    if not isinstance(value, Precision):
+        raise InvalidTypeError(
+            f"precision={name!r} ({plugin_text(ref)}) made a {type(value).__name__}, which is no "
+            "fabric_core.abc.Precision. This is a defect of that plugin."
+        )
+    return Choice(value, name, origin, reason, plugin_text(ref))
+
+
+def _name(request: Request, registry: Registry, ctx: ResolveContext) -> tuple[str, str, str]:
+    """Full name, origin and reason."""
+    asked = request.precision
+    if asked.value is None:
+        if registry.has_hook("fabric_select_precision"):
+            suggestion = registry.hooks.fabric_select_precision(ctx=ctx)
+            if suggestion is not None:
+                return full_name(suggestion), "auto", f"suggested for {ctx.accelerator}"
+        return "32-true", "default", ""
+    if isinstance(asked.value, bool) or not isinstance(asked.value, (str, int)):
+        raise InvalidTypeError(
+            f"precision={asked.value!r} ({type(asked.value).__name__}): expected {_expected(registry)}."
+        )
+    text = str(asked.value).strip().lower()
+    if text in AMBIGUOUS:
+        rank_zero_warn(
+            f"precision={asked.value!r} means {SHORT[text]!r}, which it does not show: weights stay in float32. "
+            f"Write precision={SHORT[text]!r}, or {SHORT[text].replace('mixed', 'true')!r} for 16-bit weights."
+        )
+    return full_name(text), asked.origin, ""
+
+
+def _find(name: str, family: str | None, registry: Registry) -> Any:
+    if family is None:
+        return registry.find("precision", name)
+    try:
+        return registry.find("precision", f"{family}.{name}")
+    except UnknownPluginError:
+        known = [n.split(".", 1)[1] for n in registry.names("precision") if n.startswith(f"{family}.")]
+        raise InvalidArgumentError(
+            f"precision={name!r} does not exist for {family} strategies, which take {', '.join(map(repr, known))}."
+        ) from None
+
+
+def _expected(registry: Registry) -> str:
+    names = [name for name in registry.names("precision") if "." not in name]
+    return f"one of {', '.join(map(repr, names))} (short: {', '.join(map(repr, SHORT))})"

@@ -1,0 +1,26 @@
+"""Seeing through ``torch.compile``, without importing it and without replacing it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+def is_compiled(obj: object) -> bool:
+    """Whether ``obj`` is what ``torch.compile(module)`` returned."""
+    dynamo = sys.modules.get("torch._dynamo")  # absent as long as nothing was compiled: then nothing is
+    return dynamo is not None and isinstance(obj, dynamo.OptimizedModule)
+
+
+def unwrap_compiled(obj: T) -> tuple[T, Callable[[nn.Module], nn.Module] | None]:
+    """The module inside, and a function that compiles another one with the same settings (``None`` if not compiled)."""
+    if not is_compiled(obj):
+        return obj, None
+    inner: Any = obj
+    # The context is the decorator that torch.compile applied: it holds backend, mode and options.
+    return inner._orig_mod, inner.dynamo_ctx

@@ -1,0 +1,67 @@
+"""The cover around a data loader: batches arrive on the device, and every epoch is shuffled anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fabric_core.collections import batch_mover
+from fabric_core.data.epochs import set_sampler_epoch
+
+
+class FabricDataLoader:
+    """Iterates like the data loader inside, which keeps all its attributes.
+
+    Args:
+        dataloader: the loader, its sampler already split over processes if it should be.
+        device: where batches go; ``None`` leaves them where they are.
+    """
+
+    def __init__(self, dataloader: Any, device: torch.device | None = None) -> None:
+        self.dataloader = dataloader
+        self._device = device
+        self._epoch = 0
+
+    @property
+    def __class__(self) -> type:  # so that isinstance(loader, DataLoader) holds, without touching a class
+        return type(self.dataloader)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where batches go; ``None`` if they stay where they are."""
+        return self._device
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is epoch ``epoch``: call it when resuming. Otherwise epochs count by themselves."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataloader)
+
+    def __iter__(self) -> Iterator[Any]:
+        set_sampler_epoch(self.dataloader, self._epoch)
+        self._epoch += 1
+        if self._device is None:
+            return iter(self.dataloader)
+        return _moved(iter(self.dataloader), batch_mover(self._device))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataloader":  # not set yet, as while unpickling
+            raise AttributeError(name)
+        return getattr(self.dataloader, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.dataloader, self._device, self._epoch)
+
+
+def _moved(batches: Iterator[Any], move: Any) -> Iterator[Any]:
+    for batch in batches:
+        yield move(batch)
+
+
+def _restore(dataloader: Any, device: torch.device | None, epoch: int) -> FabricDataLoader:
+    loader = FabricDataLoader(dataloader, device)
+    loader.set_epoch(epoch)
+    return loader

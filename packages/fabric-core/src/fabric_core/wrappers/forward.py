@@ -1,0 +1,156 @@
+"""What happens around a forward: precision, redirection of marked methods, and guards against calls past Fabric."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from fabric_core.abc.overrides import overrides
+from fabric_core.abc.precision import Precision
+from fabric_core.abc.strategy import Strategy
+from fabric_core.collections import apply_to_collection
+from fabric_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from fabric_core.wrappers.module import FabricModule
+
+
+def make_forward(module: nn.Module, strategy: Strategy) -> Callable[..., Any]:
+    """The cheapest callable that does all that must happen around the module's forward: often the module itself."""
+    precision = strategy.precision
+    if overrides(precision, Precision, "forward_context", "convert_input", "convert_output"):
+        forward: Callable[..., Any] = PrecisionForward(module, precision)
+    else:
+        forward = module
+    return GuardedForward(forward) if strategy.changes_backward else forward
+
+
+class PrecisionForward:
+    """Convert inputs, run forward under the precision's context, convert outputs."""
+
+    def __init__(self, module: nn.Module, precision: Precision) -> None:
+        self.module = module
+        self.precision = precision
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        precision = self.precision
+        args = precision.convert_input(args)
+        if kwargs:
+            kwargs = precision.convert_input(kwargs)
+        with precision.forward_context():
+            output = self.module(*args, **kwargs)
+        return precision.convert_output(output)
+
+
+class GuardedForward:
+    """Run forward and see to it that backward through its outputs comes from ``fabric.backward``."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.forward(*args, **kwargs)
+        apply_to_collection(output, Tensor, _guard_backward)
+        return output
+
+
+class _BackwardsRunning:
+    """How many ``fabric.backward`` calls are running in this process.
+
+    A count under a lock, not a context variable: autograd runs hooks of device tensors in threads of its own, which
+    do not inherit the caller's context.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self._lock:
+            self.count += n
+
+
+_backwards = _BackwardsRunning()
+
+
+@contextmanager
+def inside_fabric_backward() -> Iterator[None]:
+    """Marks the length of a ``fabric.backward`` call."""
+    _backwards.add(1)
+    try:
+        yield
+    finally:
+        _backwards.add(-1)
+
+
+def _guard_backward(tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        tensor.register_hook(_check_backward)
+
+
+def _check_backward(grad: Tensor) -> None:
+    if not _backwards.count:
+        raise UsageError(
+            "loss.backward() was called on the output of a module that Fabric set up, but this strategy or precision "
+            "has work to do in backward. Call fabric.backward(loss) instead."
+        )
+
+
+def redirected_method(wrapper: FabricModule, name: str) -> Callable[..., Any]:
+    """``name`` of the user's module, run as if it were its forward: through the precision and the strategy."""
+    original: nn.Module = wrapper.module
+    method = getattr(original, name)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        attributes = original.__dict__
+        absent = object()
+        previous = attributes.get("forward", absent)
+
+        def restore() -> None:
+            if previous is absent:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = previous
+
+        def forward_once(*args: Any, **kwargs: Any) -> Any:
+            restore()  # first of all: the method may call the module's real forward
+            return method(*args, **kwargs)
+
+        attributes["forward"] = forward_once
+        try:
+            return wrapper(*args, **kwargs)
+        finally:
+            restore()
+
+    return call
+
+
+def guarded_method(original: nn.Module, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, refused as soon as it calls the module or a part of it past the strategy's wrapper."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.get_ident()
+
+        def check(module: nn.Module, _: Any) -> None:
+            if threading.get_ident() == thread and any(module is part for part in original.modules()):
+                raise UsageError(
+                    f"{type(original).__name__}.{name}() runs parts of the module, but past the strategy's wrapper, "
+                    "so that gradients would not be exchanged. Mark it once after setup: "
+                    f'model.mark_forward_method("{name}").'
+                )
+
+        handle = register_module_forward_pre_hook(check)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    return call

@@ -1,0 +1,79 @@
+"""Checks before an object is set up, and moving a module to its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_core.abc.strategy import Strategy
+from fabric_core.errors import InvalidArgumentError, InvalidTypeError
+from fabric_core.wrappers.optimizer import FabricOptimizer
+from fabric_core.wrappers.unwrap import is_wrapped
+from fabric_core.warnings import possible_user_warning
+
+
+def check_module(module: object, method: str) -> None:
+    """``TypeError`` for what is no module, ``ValueError`` for one that is set up already."""
+    if is_wrapped(module):
+        raise InvalidArgumentError(
+            f"fabric.{method}() was given a {type(module).__name__} that Fabric has set up already. Pass the bare "
+            "module, once; use what the first call returned."
+        )
+    if not isinstance(module, nn.Module):
+        hint = " Pass an instance, not the class." if isinstance(module, type) else ""
+        raise InvalidTypeError(
+            f"fabric.{method}() takes a torch.nn.Module first, not {_kind(module)}.{hint}"
+        )
+
+
+def check_optimizers(optimizers: Sequence[object], method: str) -> None:
+    """``TypeError`` for what is no optimizer, ``ValueError`` for one that is set up already."""
+    for optimizer in optimizers:
+        if type(optimizer) is FabricOptimizer:
+            raise InvalidArgumentError(
+                f"fabric.{method}() was given an optimizer ({optimizer.optimizer.__class__.__name__}) that Fabric has "
+                "set up already. Pass the bare optimizer, once; use what the first call returned."
+            )
+        if not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "param_groups"):
+            raise InvalidTypeError(
+                f"fabric.{method}() takes torch optimizers, not {_kind(optimizer)}. A scheduler goes to "
+                "fabric.setup(model, optimizer, scheduler=scheduler)."
+            )
+
+
+def _kind(obj: object) -> str:
+    return f"the class {obj.__name__}" if isinstance(obj, type) else f"a {type(obj).__name__}"
+
+
+def move_module(module: nn.Module, strategy: Strategy) -> None:
+    """Put the module on the strategy's device, in place; walks it once, and moves nothing that is there already."""
+    counts: dict[torch.device, int] = {}
+    examples: dict[torch.device, str] = {}
+    for named in (module.named_parameters(), module.named_buffers()):
+        for name, tensor in named:
+            device = tensor.device
+            if device in counts:
+                counts[device] += 1
+            else:
+                counts[device], examples[device] = 1, name
+    if len(counts) > 1:
+        listing = ", ".join(f"{n} on {device} (such as {examples[device]!r})" for device, n in counts.items())
+        possible_user_warning(
+            f"The module's parameters and buffers are on several devices: {listing}. All are moved to "
+            f"{strategy.root_device}. To keep them where they are, pass move_to_device=False."
+        )
+    if counts.keys() != {strategy.root_device}:
+        strategy.module_to_device(module)
+
+
+def bind_to_fabric(module: Any, fabric: Any, optimizers: list[Any]) -> bool:
+    """Tell a module that asks for it (it has an attribute ``_fabric``) who runs it; whether it asked."""
+    if not hasattr(module, "_fabric"):
+        return False
+    module._fabric = fabric
+    module._fabric_optimizers = optimizers
+    return True
