@@ -24,13 +24,14 @@ def standard_library() -> list[Path]:
 def read_text(folder: Path | None = None) -> tuple[Tensor, Tensor]:
     """Training and validation text as ``uint8``: the first nine tenths and the last tenth of all bytes.
 
-    Reads every text file below ``folder``, sorted by path (a file with a zero byte is not text), or the standard library.
+    Reads every text file below ``folder``, in the order of their paths, or else the standard library. A file with a
+    zero byte is not text.
     """
     files = standard_library() if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
     contents = (path.read_bytes() for path in files)
     text = bytearray().join(content for content in contents if b"\0" not in content)
     if not text:
-        raise SystemExit(f"There is no text in {folder}.")
+        raise SystemExit(f"There is no text in {folder or 'the standard library'}.")
     everything = torch.frombuffer(text, dtype=torch.uint8)
     cut = len(everything) * 9 // 10
     return everything[:cut], everything[cut:]
@@ -40,6 +41,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     """The text cut into pieces of ``size`` bytes; an item is a piece and the same piece one byte later."""
 
     def __init__(self, text: Tensor, size: int) -> None:
+        if len(text) <= size:
+            raise SystemExit(f"The text is too short: its {len(text)} bytes hold no window of {size} + 1.")
         self.text, self.size = text, size
 
     def __len__(self) -> int:
@@ -52,7 +55,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class TrainingOrder(Sampler[int]):
-    """The indices number ``first`` to ``last`` of an endless row of passes over ``size`` items, each pass shuffled anew.
+    """The indices ``first`` to ``last`` of an endless row of passes over ``size`` items, each pass shuffled anew.
 
     The order depends on ``seed`` alone, so a resumed run continues it by giving a later ``first``. Fabric deals the
     indices out in turn, one to each process: N processes with ``batch / N`` items each see, together, the very

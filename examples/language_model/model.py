@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 VOCABULARY = 256
 
@@ -16,7 +16,7 @@ VOCABULARY = 256
 class GPTConfig:
     """The shape of the model. ``block_size`` is the longest context it can look back on, in bytes."""
 
-    block_size: int = 128
+    block_size: int = 64
     layers: int = 4
     heads: int = 4
     dim: int = 128
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         """Map ``(batch, time, dim)`` to the same shape."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
+        y = functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True
         )  # (batch, heads, time, dim / heads)
         return self.out(y.transpose(1, 2).flatten(-2))
@@ -76,14 +76,15 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights: small, and smaller where 2 x ``layers`` contributions add up in the residual stream."""
+        """Draw weights that keep the size of their input, and smaller ones where contributions to the stream add up."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                into_the_stream = name.endswith(("attention.out.weight", "mlp.2.weight"))
-                scale = 1 / math.sqrt(2 * self.config.layers) if into_the_stream else 1.0
-                nn.init.normal_(parameter, std=0.02 * scale)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name.startswith(("token", "position")):
+                nn.init.normal_(parameter, std=0.1)
+            elif parameter.dim() == 2:
+                summands = 2 * self.config.layers if name.endswith(("attention.out.weight", "mlp.2.weight")) else 1
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1] * summands))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids ``(batch, time)`` to logits ``(batch, time, 256)``; the head shares the embedding's weights."""
@@ -91,7 +92,7 @@ class GPT(nn.Module):
         x = self.dropout(self.token(tokens) + self.position(time))
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.token.weight)
+        return functional.linear(self.norm(x), self.token.weight)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, temperature: float = 0.8) -> Tensor:

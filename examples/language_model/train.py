@@ -1,37 +1,37 @@
 """Teach a small GPT to write Python, byte by byte, from the sources of the standard library.
 
-Read `main` first: it is the whole job. Everything that has to do with devices, processes, precision and checkpoints is a
-call on `fabric`; the rest is plain PyTorch. The README lists commands to try.
+Read `main` first: it is the whole job. What has to do with devices, processes, precision and checkpoints is a call on
+`fabric`; the rest is plain PyTorch. The README lists commands to try.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import time
-from collections.abc import Iterator
+from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 from data import TrainingOrder, Windows, read_text, spread
-from fabric_core import Fabric
 from model import GPT, GPTConfig
+from options import fabric_options, parse_options
 from progress import progress
 from report import draw_losses, write_losses
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from fabric_core import Fabric
+
 Batch = tuple[Tensor, Tensor]
-FABRIC_OPTIONS = ("accelerator", "devices", "num_nodes", "precision", "strategy")
 
 
-def main(fabric: Fabric, options: argparse.Namespace) -> None:
+def main(fabric: Fabric, options: Namespace) -> None:
     """Train from the beginning, or from a checkpoint, to the last step; then show what was learnt."""
     began = time.perf_counter()
     fabric.seed_everything(options.seed, verbose=False)
@@ -59,7 +59,7 @@ def main(fabric: Fabric, options: argparse.Namespace) -> None:
     fabric.print(f"{state['step']} steps are done; this run took {time.perf_counter() - began:.0f} s")
 
 
-def dataloaders(fabric: Fabric, options: argparse.Namespace, step: int) -> list[DataLoader[Batch]]:
+def dataloaders(fabric: Fabric, options: Namespace, step: int) -> list[DataLoader[Batch]]:
     """The training data from ``step`` on, and a fixed selection of the validation data."""
     parts = fabric.world_size * options.accumulate
     if options.batch_size % parts:
@@ -79,7 +79,7 @@ def dataloaders(fabric: Fabric, options: argparse.Namespace, step: int) -> list[
 
 def train(
     fabric: Fabric,
-    options: argparse.Namespace,
+    options: Namespace,
     state: dict[str, Any],
     training: DataLoader[Batch],
     validation: DataLoader[Batch],
@@ -88,19 +88,13 @@ def train(
     first, last = state["step"], min(options.steps, options.stop_after or options.steps)
     batches = iter(training)
     with progress(first, last, options.batch_size * options.block_size, visible=fabric.is_global_zero) as display:
-
-        def validate(step: int) -> None:
-            loss = evaluate(fabric, state["model"], validation)
-            state["validation"].append((step, loss))
-            display.note(f"after {step:,} steps: validation loss {loss:.3f}")
-
         for step in range(first, last):
             if step % options.eval_every == 0:
-                validate(step)
-            torch.manual_seed(
-                options.seed + step * fabric.world_size + fabric.global_rank
-            )  # dropout, also after a resume
-            loss = training_step(fabric, state["model"], state["optimizer"], batches, options.accumulate)
+                display.note(validate(fabric, state, validation))
+            parts = list(islice(batches, options.accumulate))
+            # The random numbers of a step (dropout) follow from its number, so that a resumed run draws the same ones.
+            torch.manual_seed(options.seed + step * fabric.world_size + fabric.global_rank)
+            loss = training_step(fabric, state["model"], state["optimizer"], parts)
             state["scheduler"].step()
             state["step"] = step + 1
             state["train"].append((step + 1, loss))
@@ -108,17 +102,15 @@ def train(
             if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:
                 fabric.save(options.checkpoint, state)
         if first < last == options.steps:
-            validate(last)
+            display.note(validate(fabric, state, validation))
 
 
-def training_step(
-    fabric: Fabric, model: nn.Module, optimizer: Optimizer, batches: Iterator[Batch], accumulate: int
-) -> float:
-    """Make one update from ``accumulate`` small batches; return the mean loss over the global batch."""
+def training_step(fabric: Fabric, model: nn.Module, optimizer: Optimizer, parts: list[Batch]) -> float:
+    """Make one update from this process's parts of the global batch; return the mean loss over all of it."""
     mean = torch.zeros((), device=fabric.device)
-    for part in range(accumulate):
-        with fabric.no_backward_sync(model, enabled=part < accumulate - 1):
-            loss = next_byte_loss(model, next(batches)) / accumulate
+    for number, part in enumerate(parts, start=1):
+        with fabric.no_backward_sync(model, enabled=number < len(parts)):
+            loss = next_byte_loss(model, part) / len(parts)
             fabric.backward(loss)
         mean += loss.detach()
     fabric.clip_gradients(model, optimizer, max_norm=1.0)
@@ -128,18 +120,21 @@ def training_step(
 
 
 @torch.no_grad()
-def evaluate(fabric: Fabric, model: nn.Module, validation: DataLoader[Batch]) -> float:
-    """The mean loss over the validation windows of all processes."""
+def validate(fabric: Fabric, state: dict[str, Any], validation: DataLoader[Batch]) -> str:
+    """Record the mean loss over the validation windows of all processes; return a sentence about it."""
+    model = state["model"]
     model.eval()
     losses = torch.stack([next_byte_loss(model, batch) for batch in validation])
     model.train()
-    return fabric.all_reduce(losses.mean(), reduce_op="mean").item()
+    loss = fabric.all_reduce(losses.mean(), reduce_op="mean").item()
+    state["validation"].append((state["step"], loss))
+    return f"after {state['step']:,} steps: validation loss {loss:.3f}"
 
 
 def next_byte_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy in nats per byte."""
     inputs, targets = batch
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
 def sample(fabric: Fabric, model: nn.Module, seed: int, prompt: str = "def ", count: int = 400) -> str:
@@ -159,40 +154,9 @@ def learning_rate(step: int, steps: int) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def parse_options() -> argparse.Namespace:
-    """What the user typed. Options for Fabric that were not typed are left to it, or to ``fabric run``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("where to run").add_argument
-    for name in FABRIC_OPTIONS:
-        add(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"see Fabric({name}=...)")
-    add = parser.add_argument_group("what to learn").add_argument
-    add("--data", type=Path, help="folder of text files instead of the standard library")
-    add("--steps", type=int, default=500)
-    add("--batch-size", type=int, default=16, help="windows per step, over all processes")
-    add("--accumulate", type=int, default=1, help="small batches per step and process")
-    add("--lr", type=float, default=3e-3, help="highest learning rate")
-    add("--seed", type=int, default=0)
-    add = parser.add_argument_group("size of the model").add_argument
-    for name, default in asdict(GPTConfig()).items():
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    add = parser.add_argument_group("what to write, and when").add_argument
-    add("--out", type=Path, default=Path("runs/language_model"), help="folder for all files of this run")
-    add("--losses", type=Path, help="file for the losses (in --out if not given)")
-    add("--checkpoint", type=Path, help="the checkpoint (in --out if not given)")
-    add("--checkpoint-every", type=int, default=200, help="steps between checkpoints; 0: only at the end")
-    add("--resume", action="store_true", help="go on from --checkpoint")
-    add("--stop-after", type=int, help="stop early, after this many steps, to be resumed")
-    add("--eval-every", type=int, default=100, help="steps between validations")
-    add("--eval-batches", type=int, default=10, help="batches in a validation")
-    options = parser.parse_args()
-    options.losses = options.losses or options.out / "losses.json"
-    options.checkpoint = options.checkpoint or options.out / "model.ckpt"
-    return options
-
-
 if __name__ == "__main__":
     options = parse_options()
-    fabric = Fabric(**{name: value for name, value in vars(options).items() if name in FABRIC_OPTIONS})
+    fabric = Fabric(**fabric_options(options))
     if os.environ.get("LT_CLI_USED") == "1":  # `fabric run` has started this process already
         main(fabric, options)
     else:

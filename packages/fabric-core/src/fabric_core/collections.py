@@ -176,7 +176,24 @@ def _mover(device: torch.device) -> Visit:
         known = by_type.get(kind)
         return move_other(data) if known is None else known(data)
 
-    # The two loops below test tensors themselves: a call per tensor would double the price of a batch in place.
+    def move_other(data: Any) -> Any:
+        if isinstance(data, Tensor):
+            return data.to(device, non_blocking=non_blocking)
+        if hasattr(data, "to") and not isinstance(data, type):
+            moved = data.to(device)
+            return data if moved is None else moved
+        return _move_children(data, move)
+
+    by_type: dict[type, Visit] = {dict: _dict_mover(move, where, target)}
+    by_type |= dict.fromkeys((list, tuple), _items_mover(move, where, target))
+    by_type |= dict.fromkeys((str, int, float, bool, bytes, type(None)), _itself)
+    return move
+
+
+# The loops of these two test tensors themselves: a call per tensor would double the price of a batch in place.
+
+
+def _dict_mover(move: Visit, where: Visit, target: object) -> Visit:
     def move_dict(data: dict[Any, Any]) -> dict[Any, Any]:
         new = None
         for key, value in data.items():
@@ -188,6 +205,10 @@ def _mover(device: torch.device) -> Visit:
                 new[key] = moved
         return data if new is None else new
 
+    return move_dict
+
+
+def _items_mover(move: Visit, where: Visit, target: object) -> Visit:
     def move_items(data: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
         new = None
         for index, value in enumerate(data):
@@ -199,17 +220,7 @@ def _mover(device: torch.device) -> Visit:
                 new[index] = moved
         return data if new is None else type(data)(new)
 
-    def move_other(data: Any) -> Any:
-        if isinstance(data, Tensor):
-            return data.to(device, non_blocking=non_blocking)
-        if hasattr(data, "to") and not isinstance(data, type):
-            moved = data.to(device)
-            return data if moved is None else moved
-        return _move_children(data, move)
-
-    by_type: dict[type, Visit] = {dict: move_dict, list: move_items, tuple: move_items}
-    by_type |= dict.fromkeys((str, int, float, bool, bytes, type(None)), _itself)
-    return move
+    return move_items
 
 
 def _in_place_test(device: torch.device) -> tuple[Visit, object]:

@@ -9,6 +9,8 @@ import hashlib
 import importlib
 import operator
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, SupportsIndex
 
 import torch
@@ -53,8 +55,10 @@ def _chosen_seed(seed: int | str | SupportsIndex | None) -> int:
         seed = 0
     try:
         number = int(seed) if isinstance(seed, str) else operator.index(seed)
-    except (TypeError, ValueError):
-        raise InvalidTypeError(f"seed={seed!r} is not a whole number from 0 to {_LARGEST}.") from None
+    except TypeError:
+        raise InvalidTypeError(f"seed={seed!r} is not a whole number: use 0 to {_LARGEST}.") from None
+    except ValueError:
+        raise InvalidArgumentError(f"seed={seed!r} is not a whole number: use 0 to {_LARGEST}.") from None
     if not 0 <= number <= _LARGEST:
         raise InvalidArgumentError(f"{origin}={number} is out of range: use 0 to {_LARGEST}.")
     return number
@@ -64,6 +68,23 @@ def reset_seed() -> None:
     """Seed everything again as the last ``seed_everything`` in this or a parent process did; nothing if none did."""
     if GLOBAL_SEED.is_set():
         seed_everything(workers=SEED_WORKERS.flag(), verbose=False)
+
+
+@contextmanager
+def temporary_seed(seed: int) -> Iterator[None]:
+    """Inside the ``with`` block the global CPU generators start from ``seed``; after it they go on as if it never was.
+
+    Unlike ``seed_everything`` it leaves the environment and the generators of other devices alone.
+    """
+    states = collect_rng_states(include_device=False)
+    try:
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if (numpy := _numpy()) is not None:
+            numpy.random.seed(seed % (_LARGEST + 1))
+        yield
+    finally:
+        set_rng_states(states)
 
 
 def worker_init_function(worker_id: int, rank: int | None = None) -> None:
@@ -116,9 +137,10 @@ def set_rng_states(states: dict[str, Any]) -> None:
         random.setstate((version, tuple(words), gauss))
     if "numpy" in states and (numpy := _numpy()) is not None:
         numpy.random.set_state(tuple(states["numpy"]))
-    if (found := _device_module(initialise=True)) is not None:
+    device_states = {key: value for key, value in states.items() if key.startswith("torch.")}
+    if device_states and (found := _device_module(initialise=True)) is not None:
         kind, module = found
-        _set_device_states(module, states.get(f"torch.{kind}", []))
+        _set_device_states(module, device_states.get(f"torch.{kind}", []))
 
 
 def _set_device_states(module: Any, states: list[torch.Tensor]) -> None:

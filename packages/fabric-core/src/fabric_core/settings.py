@@ -7,6 +7,7 @@ through these objects. The table in the documentation is made from this list.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,6 +69,11 @@ class Setting:
         os.environ.pop(self.name, None)
 
 
+def child_environment(values: Mapping[Setting, object]) -> dict[str, str]:
+    """The environment for a new process: this one's, with ``values`` on top."""
+    return {**os.environ, **{setting.name: str(value) for setting, value in values.items()}}
+
+
 def declared() -> dict[str, Setting]:
     """All settings by variable name."""
     return dict(_DECLARED)
@@ -99,6 +105,13 @@ LOCAL_WORLD_SIZE: Final = Setting("LOCAL_WORLD_SIZE", "number of processes on th
 NODE_RANK: Final = Setting("NODE_RANK", "rank of this node")
 GROUP_RANK: Final = Setting("GROUP_RANK", "rank of this node, as torchrun names it")
 TORCHELASTIC_RUN_ID: Final = Setting("TORCHELASTIC_RUN_ID", "set by torchrun and by `fabric run` in every worker")
+GROUP_WORLD_SIZE: Final = Setting("GROUP_WORLD_SIZE", "number of nodes, as torchrun names it")
+ROLE_NAME: Final = Setting("ROLE_NAME", "torchrun's name for a kind of worker; there is one kind")
+ROLE_RANK: Final = Setting("ROLE_RANK", "rank among the workers of one kind, as torchrun names it")
+ROLE_WORLD_SIZE: Final = Setting("ROLE_WORLD_SIZE", "number of workers of one kind, as torchrun names it")
+TORCHELASTIC_RESTART_COUNT: Final = Setting("TORCHELASTIC_RESTART_COUNT", "how often torchrun restarted the workers")
+TORCHELASTIC_MAX_RESTARTS: Final = Setting("TORCHELASTIC_MAX_RESTARTS", "how often torchrun may restart the workers")
+WORKER: Final = Setting("FABRIC_WORKER", "how a worker finds its supervisor; written by the launchers for each other")
 STANDALONE_PORT: Final = Setting("STANDALONE_PORT", "the port to use where a free one would be picked")
 SLURM_PROCID: Final = Setting("SLURM_PROCID", "rank among all processes, under srun")
 JSM_NAMESPACE_RANK: Final = Setting("JSM_NAMESPACE_RANK", "rank among all processes, under jsrun")

@@ -43,7 +43,7 @@ _HOME = {
     "Precision": "precision",
     "Strategy": "strategy",
 }
-__all__ = ["API_LEVEL", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["API_LEVEL", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,20 @@
-"""How a model is spread over processes and devices."""
+"""How a model is spread over processes and devices. Ranks and collectives are in ``communicator``."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fabric_core.abc.communicator import Communicator
+
 if TYPE_CHECKING:
+    import torch
+
     from fabric_core.abc.accelerator import Accelerator
     from fabric_core.abc.checkpoint import CheckpointIO
     from fabric_core.abc.environment import ClusterEnvironment
@@ -27,7 +30,7 @@ class GradientSync(Protocol):
         """While entered with ``enabled``, backward through ``module`` only accumulates. Restores what it found."""
 
 
-class Strategy(ABC):
+class Strategy(Communicator):
     """The contract of a strategy: what core calls, and nothing else.
 
     Subclass ``fabric_core.strategies.Strategy`` in practice: it fills this contract with working defaults, so that a
@@ -61,23 +64,6 @@ class Strategy(ABC):
     precision: Precision
     checkpoint_io: CheckpointIO
     launcher: Launcher | None
-
-    # -- where: one process unless a strategy says otherwise ------------------------------------------------------
-    global_rank: int = 0
-    local_rank: int = 0
-    node_rank: int = 0
-    world_size: int = 1
-    distributed_sampler_kwargs: dict[str, Any] | None = None
-
-    @property
-    @abstractmethod
-    def root_device(self) -> torch.device:
-        """The device of this process."""
-
-    @property
-    @abstractmethod
-    def is_global_zero(self) -> bool:
-        """Whether this process has rank 0 among all."""
 
     # -- life cycle ----------------------------------------------------------------------------------------------
     @abstractmethod
@@ -161,27 +147,6 @@ class Strategy(ABC):
     @abstractmethod
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Limit each gradient element."""
-
-    # -- collectives: every rank calls them, in the same order ---------------------------------------------------
-    @abstractmethod
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Shape ``(...)`` on each rank to ``(world_size, ...)`` on every rank."""
-
-    @abstractmethod
-    def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce in place; the same value on every rank."""
-
-    @abstractmethod
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all ranks (or any, with ``all=False``) decided True."""
-
-    @abstractmethod
-    def barrier(self, name: str | None = None) -> None:
-        """Return once every rank has called it."""
-
-    @abstractmethod
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The object of global rank ``src``, on every rank."""
 
     # -- checkpoints: every rank calls them ----------------------------------------------------------------------
     @abstractmethod

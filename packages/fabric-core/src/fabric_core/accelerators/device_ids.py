@@ -30,7 +30,7 @@ def parse_device_ids(devices: object, available: Sequence[int], name: str) -> li
     if missing:
         raise MisconfigurationException(
             f"devices={devices!r} asks for the {name} devices {wanted}, but this machine has "
-            f"{list(available) or 'none'}. Choose among those, or use devices=\"auto\"."
+            f'{list(available) or "none"}. Choose among those, or use devices="auto".'
         )
     return wanted
 

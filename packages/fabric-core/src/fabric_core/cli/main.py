@@ -28,15 +28,6 @@ HELP: Final[dict[str, str]] = {
 _TYPED_WRONG = (InvalidArgumentError, InvalidTypeError, UnknownPluginError, AmbiguousPluginError)
 
 
-class CommandError(click.ClickException):
-    """An error on purpose: its message is all the user needs, a traceback would hide it."""
-
-    def __init__(self, error: FabricError) -> None:
-        super().__init__(str(error))
-        code = 2 if isinstance(error, _TYPED_WRONG) else 1  # 2 is click's own for what was typed wrong
-        setattr(self, "exit_code", error.exit_code if isinstance(error, WorkerFailedError) else code)  # noqa: B010
-
-
 class CommandGroup(click.Group):
     """A group that knows its commands by name only."""
 
@@ -65,13 +56,21 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except FabricError as error:
-            raise CommandError(error) from error
+            # Its message is all the user needs; a traceback would hide it.
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(_exit_code(error))
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(CORE_VERSION, prog_name="fabric", message="%(prog)s %(version)s")
 def cli() -> None:
     """Take a PyTorch loop from a laptop CPU to many accelerators."""
+
+
+def _exit_code(error: FabricError) -> int:
+    if isinstance(error, WorkerFailedError):
+        return error.exit_code
+    return 2 if isinstance(error, _TYPED_WRONG) else 1  # 2 as click does for what it can tell is wrong by itself
 
 
 def _described() -> list[tuple[str, str]]:

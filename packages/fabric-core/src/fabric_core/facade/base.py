@@ -54,22 +54,22 @@ class FabricBase:
     @property
     def global_rank(self) -> int:
         """Rank of this process among all."""
-        return getattr(self._strategy, "global_rank", 0)
+        return self._strategy.global_rank  # type: ignore[no-any-return]
 
     @property
     def local_rank(self) -> int:
         """Rank of this process on its node."""
-        return getattr(self._strategy, "local_rank", 0)
+        return self._strategy.local_rank  # type: ignore[no-any-return]
 
     @property
     def node_rank(self) -> int:
         """Rank of this node."""
-        return getattr(self._strategy, "node_rank", 0)
+        return self._strategy.node_rank  # type: ignore[no-any-return]
 
     @property
     def world_size(self) -> int:
         """Number of processes in all."""
-        return getattr(self._strategy, "world_size", 1)
+        return self._strategy.world_size  # type: ignore[no-any-return]
 
     @property
     def is_global_zero(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fabric_core.checkpoint.state import validate_filter
+from fabric_core.checkpoint.state import is_stateful, validate_filter
 from fabric_core.errors import CheckpointError, InvalidTypeError
 from fabric_core.facade.base import FabricBase
 from fabric_core.wrappers.unwrap import unwrap, unwrap_objects
@@ -39,7 +39,8 @@ class Checkpoints(FabricBase):
                 '{"model": model, "optimizer": optimizer}.'
             )
         self._require_launch("save")
-        validate_filter(state, filter)
+        if filter is not None:
+            validate_filter(state, filter)
         self._notify("fabric_on_save", path=path, state=state)
         inner = unwrap_objects(state)
         self._together("save", path, lambda: self._strategy.save_checkpoint(path, inner, filter=filter))
@@ -77,7 +78,7 @@ class Checkpoints(FabricBase):
         )
         if state is not None and isinstance(inner, dict):
             for name, value in inner.items():
-                if not _is_stateful(value):
+                if not is_stateful(value):
                     state[name] = value
         self._notify("fabric_on_load", path=path, state=state)
         return remainder
@@ -113,7 +114,3 @@ class Checkpoints(FabricBase):
         if not self._strategy.reduce_boolean_decision(True):
             raise CheckpointError(f"fabric.{what}({str(path)!r}) failed on another rank; its error says why.")
         return result
-
-
-def _is_stateful(value: Any) -> bool:
-    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")

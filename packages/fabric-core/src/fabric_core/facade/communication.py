@@ -21,7 +21,7 @@ class Communication(FabricBase):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """``print`` on the first process of each node."""
         if self.local_rank == 0:
-            builtins.print(*args, **kwargs)
+            builtins.print(*args, **kwargs)  # noqa: T201 - this is what the method is for
 
     def barrier(self, name: str | None = None) -> None:
         """Return once every rank has called it."""
@@ -32,7 +32,9 @@ class Communication(FabricBase):
         """The object that global rank ``src`` passed, on every rank. Every rank calls it."""
         self._require_launch("broadcast")
         if isinstance(src, bool) or not isinstance(src, int):
-            raise InvalidTypeError(f"fabric.broadcast(src={src!r}): expected a global rank, 0 to {self.world_size - 1}.")
+            raise InvalidTypeError(
+                f"fabric.broadcast(src={src!r}): expected a global rank, 0 to {self.world_size - 1}."
+            )
         return self._strategy.broadcast(obj, src=src)
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:

@@ -6,15 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from fabric_core.data.setup import check_dataloaders, distribute
+from fabric_core.data.sharding import distributed_loader
+from fabric_core.data.workers import auto_worker_init
 from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.facade.reporting import Reporting
 from fabric_core.wrappers.compile import unwrap_compiled
 from fabric_core.wrappers.dataloader import FabricDataLoader
 from fabric_core.wrappers.module import FabricModule
 from fabric_core.wrappers.optimizer import FabricOptimizer
-from fabric_core.wrappers.placement import bind_to_fabric, check_module, check_optimizers, move_module
-from fabric_core.wrappers.unwrap import is_wrapped
+from fabric_core.wrappers.placement import (
+    bind_to_fabric,
+    check_dataloaders,
+    check_module,
+    check_optimizers,
+    move_module,
+)
 
 
 class SettingUp(Reporting):
@@ -145,16 +151,14 @@ class SettingUp(Reporting):
             TypeError: not a ``torch.utils.data.DataLoader``.
         """
         self._require_launch("setup_dataloaders")
-        if any(is_wrapped(loader) for loader in dataloaders):
-            raise InvalidArgumentError(
-                "fabric.setup_dataloaders() was given a data loader that Fabric has set up already. Pass the bare "
-                "loader, once; use what the first call returned."
-            )
         check_dataloaders(dataloaders)
-        device = self.device if move_to_device and not self._strategy.moves_batches else None
-        split = self._strategy.distributed_sampler_kwargs if use_distributed_sampler else None
-        made = [
-            FabricDataLoader(self._strategy.process_dataloader(distribute(loader, split, self.global_rank)), device)
-            for loader in dataloaders
-        ]
+        made = [self._distribute(loader, use_distributed_sampler, move_to_device) for loader in dataloaders]
         return made[0] if len(made) == 1 else made
+
+    def _distribute(self, loader: Any, use_distributed_sampler: bool, move_to_device: bool) -> FabricDataLoader:
+        split = self._strategy.distributed_sampler_kwargs
+        if use_distributed_sampler and split is not None:
+            loader = distributed_loader(loader, **split)
+        auto_worker_init(loader, self.global_rank)
+        loader = self._strategy.process_dataloader(loader)
+        return FabricDataLoader(loader, self.device if move_to_device and not self._strategy.moves_batches else None)

@@ -19,7 +19,7 @@ from fabric_core.wrappers.unwrap import unwrap
 
 
 class Stepping(FabricBase):
-    """``backward``, ``clip_gradients``, ``autocast``, ``no_backward_sync``, ``to_device`` and the ``init_`` contexts."""
+    """``backward``, ``clip_gradients``, ``autocast``, ``no_backward_sync``, ``to_device``, ``init_*``."""
 
     def backward(self, tensor: Tensor, *args: Any, model: FabricModule | None = None, **kwargs: Any) -> None:
         """Back-propagate from ``tensor``; stands in for ``loss.backward()``.

@@ -19,4 +19,4 @@ _TABLE = {
     "precision": "fabric_core.plugins.precision",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -10,4 +10,4 @@ _TABLE = {
     "TorchElasticEnvironment": "fabric_core.environments.torchelastic:TorchElasticEnvironment",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -9,4 +9,4 @@ _TABLE = {
     "TorchCheckpointIO": "fabric_core.checkpoint.torch_io:TorchCheckpointIO",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

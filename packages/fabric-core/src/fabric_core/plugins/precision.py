@@ -11,4 +11,4 @@ _TABLE = {
     "Precision": "fabric_core.abc.precision:Precision",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -157,7 +157,8 @@ def _guard(function: Callable[..., Any], hook: str, label: str) -> Callable[...,
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            answer = function(*args, **kwargs)
+            return list(answer) if inspect.isgenerator(answer) else answer  # so that it fails in here, if at all
         except Exception as error:  # whatever it is, nobody chose this plugin
             what = f"{hook} of {label} failed and is passed over: {type(error).__name__}: {error}"
             warnings.warn(PluginWarning(what), stacklevel=2)

@@ -37,6 +37,11 @@ def load(ref: PluginRef) -> Callable[..., Any]:
             f"{ref} is found, but importing {ref.value!r} failed with {type(error).__name__}: {error}"
         ) from error
     trace(f"{ref}: imported {ref.value} in {1000 * (time.perf_counter() - start):.1f} ms")
+    return checked(target, ref)
+
+
+def checked(target: Any, ref: PluginRef) -> Callable[..., Any]:
+    """The target itself; its contract level fits and it can be called."""
     check_level(target, ref)
     if not callable(target):
         raise PluginLoadError(

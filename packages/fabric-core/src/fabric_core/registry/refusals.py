@@ -106,7 +106,7 @@ def _who_would_provide(kind: str, name: str, around: Surroundings) -> str:
 
 def _did_you_mean(name: str, around: Surroundings) -> str:
     spelling = {name_key(one): one for one in (*around.known, *around.installed)}
-    close = difflib.get_close_matches(name_key(name), spelling, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name_key(name), spelling, n=1, cutoff=0.6)
     if not close:
         return ""
     meant = spelling[close[0]]

@@ -14,7 +14,7 @@ from fabric_core.registry.fingerprint import fingerprint
 from fabric_core.registry.known import Known
 from fabric_core.registry.lookup import Lookup, usable_names
 from fabric_core.registry.ref import GROUPS, HOOK_GROUP, Entry, PluginRef, check_kind, name_key
-from fabric_core.registry.runtime import Runtime
+from fabric_core.registry.runtime import Runtime, direct_ref
 from fabric_core.registry.table import Table
 
 if TYPE_CHECKING:
@@ -83,34 +83,46 @@ class Registry:
         return self._lookup.unknown(tuple(GROUPS) if kind is None else (check_kind(kind),), name)
 
     # -- objects -------------------------------------------------------------------------------------------------
-    def resolve(self, kind: str, name_or_ref: str | PluginRef) -> Callable[..., Any]:
+    def resolve(self, kind: str, plugin: str | PluginRef | Callable[..., Any]) -> Callable[..., Any]:
         """The class or function itself. Exactly one module is imported, once; safe to call from several threads.
 
-        Besides the errors of ``find``: ``PluginLoadError`` with the original error chained.
+        Takes what ``find`` takes, what it returned, or a class or function, which it checks and gives back. Besides
+        the errors of ``find``: ``PluginLoadError`` with the original error chained.
         """
-        ref = name_or_ref if isinstance(name_or_ref, PluginRef) else self.find(kind, name_or_ref)
-        if ref.kind != kind:
-            raise InvalidArgumentError(f"{ref} is no {kind}.")
+        return self._resolve(self._ref(kind, plugin), plugin)
+
+    def create(self, kind: str, plugin: str | PluginRef | Callable[..., Any], **kwargs: Any) -> Any:
+        """An instance. Keywords that the class or function does not take are left out, so that core can add some."""
+        ref = self._ref(kind, plugin)
+        target = self._resolve(ref, plugin)
+        kwargs = loading.accepted(target, kwargs)
+        if self.has_hook("fabric_create"):
+            return self.hooks.fabric_create(ref=ref, target=target, kwargs=kwargs)
+        return target(**kwargs)
+
+    def _ref(self, kind: str, plugin: str | PluginRef | Callable[..., Any]) -> PluginRef:
+        if callable(plugin):
+            return direct_ref(kind, plugin)
+        if not isinstance(plugin, PluginRef):
+            return self.find(kind, plugin)
+        if plugin.kind != kind:
+            raise InvalidArgumentError(f"{plugin} is no {kind}.")
+        return plugin
+
+    def _resolve(self, ref: PluginRef, plugin: str | PluginRef | Callable[..., Any]) -> Callable[..., Any]:
         if ref.status in ("blocked", "incompatible"):
             raise refusals.unusable(ref)
+        if callable(plugin):
+            return loading.checked(plugin, ref)
         registration = self._runtime.get(ref.kind, ref.name)
         if registration is not None and registration.ref == ref and not isinstance(registration.target, str):
-            return registration.target
+            return loading.checked(registration.target, ref)
         key = (ref.kind, ref.dist, ref.value)
         if key not in self._targets:
             # No lock here: Python's import system has its own, and holding a second one around an import can
             # deadlock with a module that uses the registry while it is imported.
             self._targets.setdefault(key, loading.load(ref))
         return self._targets[key]
-
-    def create(self, kind: str, name_or_ref: str | PluginRef, **kwargs: Any) -> Any:
-        """An instance. Keywords that the class or function does not take are left out, so that core can add some."""
-        ref = name_or_ref if isinstance(name_or_ref, PluginRef) else self.find(kind, name_or_ref)
-        target = self.resolve(kind, ref)
-        kwargs = loading.accepted(target, kwargs)
-        if self.has_hook("fabric_create"):
-            return self.hooks.fabric_create(ref=ref, target=target, kwargs=kwargs)
-        return target(**kwargs)
 
     # -- registering at run time ---------------------------------------------------------------------------------
     @overload

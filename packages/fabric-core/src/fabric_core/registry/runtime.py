@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fabric_core.errors import InvalidTypeError
@@ -26,7 +26,7 @@ class Runtime:
 
     def add(self, kind: str, name: str, target: Callable[..., Any] | str) -> Callable[[], None]:
         """Register; call the result to undo, in any order and as often as you like."""
-        registration = Registration(PluginRef(kind, name, _describe(target)), target)
+        registration = Registration(replace(direct_ref(kind, target), name=name), target)
         key = (kind, name_key(name))
         self._stacks.setdefault(key, []).append(registration)
 
@@ -58,13 +58,14 @@ class Runtime:
         return frozenset(self._stacks)
 
 
-def _describe(target: Callable[..., Any] | str) -> str:
+def direct_ref(kind: str, target: Callable[..., Any] | str) -> PluginRef:
+    """A reference to an object that was given instead of a name, or to an import string."""
     if isinstance(target, str):
-        return target
+        return PluginRef(kind, target, target)
     if not callable(target):
         raise InvalidTypeError(
             f"target={target!r} cannot be registered: pass a class, a function that makes the object, "
             'or the text "package.module:Class".'
         )
-    owner = target if hasattr(target, "__qualname__") else type(target)
-    return f"{owner.__module__}:{owner.__qualname__}"
+    named = target if hasattr(target, "__qualname__") else type(target)
+    return PluginRef(kind, named.__name__, f"{named.__module__}:{named.__qualname__}")

@@ -66,9 +66,7 @@ def _by_alias(
     usable = [offer for offer in offers if offer.available]
     if not usable:
         reasons = "; ".join(f"{offer.name}: {offer.reason}" for offer in offers)
-        raise UsageError(
-            f"accelerator={alias!r}: none is available here ({reasons}). {_available_text(registry, ctx)}"
-        )
+        raise UsageError(f"accelerator={alias!r}: none is available here ({reasons}). {_available_text(registry, ctx)}")
     best = pick(usable, f"accelerator for {alias!r}")
     return _create(best, origin, f"the best available {alias}", registry)
 

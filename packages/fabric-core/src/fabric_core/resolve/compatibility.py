@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 from fabric_core.abc.hooks import Problem
 from fabric_core.errors import InvalidArgumentError, MisconfigurationException, UsageError
 from fabric_core.registry import Registry
+from fabric_core.resolve.choice import Choice
 
 if TYPE_CHECKING:
     from fabric_core.resolve.plan import Plan
@@ -40,7 +41,7 @@ def _too_many_devices(plan: Plan) -> Problem | None:
 
 def _one_of_many(plan: Plan) -> Problem | None:
     count = len(plan.devices.value)
-    if count <= 1 and plan.num_nodes.value <= 1 or plan.strategy.value.multiple_devices:
+    if (count <= 1 and plan.num_nodes.value <= 1) or plan.strategy.value.multiple_devices:
         return None
     return Problem(
         f"strategy={plan.strategy.name!r} ({plan.strategy.origin}) uses one device, but devices={plan.devices.name} "
@@ -50,15 +51,15 @@ def _one_of_many(plan: Plan) -> Problem | None:
 
 
 def _strategy_on_accelerator(plan: Plan) -> Problem | None:
-    return _supported("strategy", plan.strategy, plan)
+    return _supported("strategy", plan)
 
 
 def _precision_on_accelerator(plan: Plan) -> Problem | None:
-    return _supported("precision", plan.precision, plan)
+    return _supported("precision", plan)
 
 
-def _supported(kind: str, choice: object, plan: Plan) -> Problem | None:
-    chosen = plan.strategy if kind == "strategy" else plan.precision
+def _supported(kind: str, plan: Plan) -> Problem | None:
+    chosen: Choice[Any] = plan.strategy if kind == "strategy" else plan.precision
     allowed = chosen.value.supported_accelerators
     names = {plan.accelerator.name, plan.accelerator.value.device_type()}
     if allowed is None or names & allowed:
@@ -84,8 +85,8 @@ def check_plan(plan: Plan, registry: Registry) -> None:
     """Raise one error for all problems that core and plugins see in the plan."""
     problems = [problem for check in CHECKS if (problem := check(plan)) is not None]
     if registry.has_hook("fabric_validate"):
-        answers: list[Iterable[Problem] | None] = registry.hooks.fabric_validate(plan=plan)
-        problems.extend(problem for answer in answers for problem in answer or ())
+        for answer in registry.hooks.fabric_validate(plan=plan):
+            problems.extend(answer or ())
     if not problems:
         return
     lines = [f"{problem.message} {problem.fix}".strip() for problem in problems]

@@ -42,7 +42,9 @@ def choose_devices(
         return _from_strategy(objects.devices.value, objects.devices.origin, accelerator)
     value = asked.value
     if value is None:
-        raise InvalidTypeError(f'devices=None: expected a count, indices or "auto", for accelerator={accelerator.name()!r}.')
+        raise InvalidTypeError(
+            f'devices=None: expected a count, indices or "auto", for accelerator={accelerator.name()!r}.'
+        )
     text = value.strip().lower() if isinstance(value, str) else value
     if text == "auto":
         return _auto(request, accelerator, environment)
@@ -63,7 +65,9 @@ def _auto(request: Request, accelerator: Accelerator, environment: ClusterEnviro
     count, reason = accelerator.auto_device_count(), f"all that {accelerator.name()} counts"
     if started is not None:
         count, reason = started, f"{type(environment).__name__}: {started} processes run on this node"
-    elif request.interactive and accelerator.interactive_devices is not None and count > accelerator.interactive_devices:
+    elif (
+        request.interactive and accelerator.interactive_devices is not None and count > accelerator.interactive_devices
+    ):
         rank_zero_info(
             f"{count} {accelerator.name()} devices are there, but this is an interactive session: using "
             f"{accelerator.interactive_devices}. For more, pass devices=... and strategy='ddp_notebook'."

@@ -130,9 +130,7 @@ def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, regist
     strategy = choose_strategy(request, registry, ResolveContext(**known))
     known["strategy"] = strategy.name
     device_type = accelerator.value.device_type()
-    precision = choose_precision(
-        request, objects, strategy.value, device_type, registry, ResolveContext(**known)
-    )
+    precision = choose_precision(request, objects, strategy.value, device_type, registry, ResolveContext(**known))
     plan = Plan(
         environment, accelerator, devices, num_nodes, strategy, precision, _checkpoint_io(objects), request.interactive
     )

@@ -11,4 +11,4 @@ _TABLE = {
     "Strategy": "fabric_core.strategies.base:Strategy",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -54,7 +54,7 @@ class Strategy(StrategyContract):
 
     # Read every step: plain attributes would be faster, so the wrappers keep what they need at set-up.
     @property
-    def precision(self) -> Precision:  # type: ignore[override]
+    def precision(self) -> Precision:
         """The dtypes. Single precision until another is set."""
         if self._precision is None:
             self._precision = Precision()
@@ -70,7 +70,7 @@ class Strategy(StrategyContract):
         return self._precision is not None
 
     @property
-    def checkpoint_io(self) -> CheckpointIO:  # type: ignore[override]
+    def checkpoint_io(self) -> CheckpointIO:
         """Where checkpoints go. Files until another is set."""
         if self._checkpoint_io is None:
             self._checkpoint_io = TorchCheckpointIO()
@@ -87,32 +87,6 @@ class Strategy(StrategyContract):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "launcher": None}  # a spawned worker starts no processes of its own
-
-    # -- where ---------------------------------------------------------------------------------------------------
-    @property
-    def global_rank(self) -> int:
-        """Rank among all processes."""
-        return 0
-
-    @property
-    def local_rank(self) -> int:
-        """Rank among the processes of this node."""
-        return 0
-
-    @property
-    def node_rank(self) -> int:
-        """Rank of this node."""
-        return 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes in all."""
-        return 1
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
-        """``num_replicas`` and ``rank`` for splitting a data set; ``None`` if every process sees all of it."""
-        return None
 
     # -- life cycle ----------------------------------------------------------------------------------------------
     def connect(
@@ -162,16 +136,11 @@ class Strategy(StrategyContract):
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """New tensors are on the device, in the precision's dtype."""
-        stack = ExitStack()
-        stack.enter_context(self.root_device)
-        stack.enter_context(self.precision.tensor_init_context())
-        return stack
+        return _entered(self.root_device, self.precision.tensor_init_context())
 
-    @contextmanager
-    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """New parameters are on the device, in the precision's dtype; ``empty_init`` skips their initialisation."""
-        with self.root_device, self.precision.module_init_context(), EmptyInit(bool(empty_init)):
-            yield
+        return _entered(self.root_device, self.precision.module_init_context(), EmptyInit(bool(empty_init)))
 
     # -- data ----------------------------------------------------------------------------------------------------
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -260,5 +229,20 @@ class Strategy(StrategyContract):
         if self.accelerator is not None:
             self.accelerator.empty_cache()
         return restore(
-            self.checkpoint_io, path, state, strict, weights_only, module_loader=self.load_module_state_dict
+            self.checkpoint_io,
+            path,
+            state,
+            strict,
+            weights_only,
+            module_loader=self.load_module_state_dict,
+            module_state=self.get_module_state_dict,
         )
+
+
+@contextmanager
+def _entered(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """All contexts, entered when this one is, in order."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -34,7 +34,7 @@ class ParallelStrategy(Strategy):
         cluster_environment: who starts the processes; detected if not given.
         checkpoint_io: where checkpoints go.
         precision: the dtypes.
-        process_group_backend: ``"gloo"``, ``"nccl"``, ...; the accelerator's, else torch's for the device, if not given.
+        process_group_backend: ``"gloo"``, ``"nccl"``, ...; by default the accelerator's, else torch's for the device.
         timeout: how long a collective waits for the other ranks.
     """
 

@@ -8,4 +8,4 @@ _TABLE = {
     "MisconfigurationException": "fabric_core.errors:MisconfigurationException",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -9,4 +9,4 @@ _TABLE = {
     "seed_everything": "fabric_core.seeding:seed_everything",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -16,4 +16,4 @@ _TABLE = {
     "_Stateful": "fabric_core.types:Stateful",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -24,7 +24,7 @@ class FabricDataLoader:
         self._device = device
         self._epoch = 0
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(loader, DataLoader) holds, without touching a class
         return type(self.dataloader)
 

@@ -39,6 +39,7 @@ class PrecisionForward:
         self.precision = precision
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward."""
         precision = self.precision
         args = precision.convert_input(args)
         if kwargs:
@@ -55,6 +56,7 @@ class GuardedForward:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward."""
         output = self.forward(*args, **kwargs)
         apply_to_collection(output, Tensor, _guard_backward)
         return output

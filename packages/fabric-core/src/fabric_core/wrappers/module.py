@@ -28,9 +28,7 @@ class FabricModule(nn.Module):
         original_module: the user's module; the forward module if not given.
     """
 
-    def __init__(
-        self, forward_module: nn.Module, strategy: Strategy, original_module: nn.Module | None = None
-    ) -> None:
+    def __init__(self, forward_module: nn.Module, strategy: Strategy, original_module: nn.Module | None = None) -> None:
         super().__init__()
         own = self.__dict__
         own["_original_module"] = original_module if original_module is not None else forward_module
@@ -106,14 +104,14 @@ class FabricModule(nn.Module):
         self._forward_methods.add(name)
 
     # -- state ---------------------------------------------------------------------------------------------------
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The original module's state dict."""
         state: dict[str, Any] = self._original_module.state_dict(*args, **kwargs)
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load into the original module."""
-        return self._original_module.load_state_dict(state_dict, strict=strict, **kwargs)
+        return self._original_module.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The original module's parameters, under its own names."""

@@ -30,7 +30,7 @@ class FabricOptimizer:
         own["_callbacks"] = callbacks if callbacks is not None else []
         own["_direct"] = not strategy.changes_step
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(optimizer, Adam) holds, without touching a class
         return type(self.optimizer)
 

@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
+from fabric_core.warnings import possible_user_warning
 from fabric_core.wrappers.optimizer import FabricOptimizer
 from fabric_core.wrappers.unwrap import is_wrapped
-from fabric_core.warnings import possible_user_warning
 
 
 def check_module(module: object, method: str) -> None:
     """``TypeError`` for what is no module, ``ValueError`` for one that is set up already."""
     if is_wrapped(module):
         raise InvalidArgumentError(
-            f"fabric.{method}() was given a {type(module).__name__} that Fabric has set up already. Pass the bare "
+            f"fabric.{method}() was given a module that Fabric has set up already. Pass the bare "
             "module, once; use what the first call returned."
         )
     if not isinstance(module, nn.Module):
         hint = " Pass an instance, not the class." if isinstance(module, type) else ""
-        raise InvalidTypeError(
-            f"fabric.{method}() takes a torch.nn.Module first, not {_kind(module)}.{hint}"
-        )
+        raise InvalidTypeError(f"fabric.{method}() takes a torch.nn.Module first, not {_kind(module)}.{hint}")
 
 
 def check_optimizers(optimizers: Sequence[object], method: str) -> None:
@@ -35,13 +34,30 @@ def check_optimizers(optimizers: Sequence[object], method: str) -> None:
     for optimizer in optimizers:
         if type(optimizer) is FabricOptimizer:
             raise InvalidArgumentError(
-                f"fabric.{method}() was given an optimizer ({optimizer.optimizer.__class__.__name__}) that Fabric has "
+                f"fabric.{method}() was given an {type(optimizer.optimizer).__name__} that Fabric has "
                 "set up already. Pass the bare optimizer, once; use what the first call returned."
             )
         if not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "param_groups"):
             raise InvalidTypeError(
                 f"fabric.{method}() takes torch optimizers, not {_kind(optimizer)}. A scheduler goes to "
                 "fabric.setup(model, optimizer, scheduler=scheduler)."
+            )
+
+
+def check_dataloaders(loaders: Sequence[object]) -> None:
+    """``ValueError`` for none and for one that is set up already, ``TypeError`` for what is no data loader."""
+    if not loaders:
+        raise InvalidArgumentError("fabric.setup_dataloaders() needs at least one data loader.")
+    for loader in loaders:
+        if is_wrapped(loader):
+            raise InvalidArgumentError(
+                "fabric.setup_dataloaders() was given a data loader that Fabric has set up already. Pass the bare "
+                "loader, once; use what the first call returned."
+            )
+        if not isinstance(loader, DataLoader):
+            raise InvalidTypeError(
+                f"fabric.setup_dataloaders() takes torch.utils.data.DataLoader objects, not {_kind(loader)}. Wrap a "
+                "data set first: DataLoader(dataset, batch_size=...)."
             )
 
 

@@ -1,0 +1,263 @@
+"""An opened checkpoint: its structure is there, its tensors' bytes are read when and where they are wanted.
+
+torch can open a file so that tensors are windows on it (``mmap``). That is quick and safe to do, but no way to leave
+them: a window dies with the file, and copying through it brings every byte into memory twice. So the windows serve as
+a table of contents here. Their addresses say where in the file the bytes are, and the bytes are read from there
+straight into the memory that is to hold them, that of a live parameter for one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fabric_core.checkpoint.tree import SAFE_LEAVES, leaves
+from fabric_core.errors import CheckpointError
+
+_CHUNK: Final = 16 * 2**20  # bytes; what passes through a buffer on its way to another dtype or device
+
+
+class OpenCheckpoint:
+    """What a checkpoint holds. This base is for content that is in memory already.
+
+    Attributes:
+        content: the stored object. Tensors in it may be windows on the file until ``own`` has run over them.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def is_window(self, tensor: Tensor) -> bool:
+        """Whether the tensor's bytes are still in the file."""
+        return False
+
+    def is_alone(self, tensor: Tensor) -> bool:
+        """Whether no other tensor of the checkpoint shares the window's memory."""
+        return False
+
+    def read_into(self, window: Tensor, destination: Tensor) -> None:
+        """Write the values of a window to ``destination``: same shape, any dtype, layout and device."""
+        raise NotImplementedError
+
+    def own(self, tree: Any) -> None:
+        """Give all tensors in ``tree`` memory of their own, in place; those that shared some, share it again."""
+
+    def close(self) -> None:
+        """Windows that remain must not be used any more."""
+
+
+class MappedCheckpoint(OpenCheckpoint):
+    """A local file whose tensors are windows on it.
+
+    Attributes:
+        path: for messages.
+    """
+
+    def __init__(self, content: Any, windows: Iterable[Tensor], path: str, reader: FileReader | None) -> None:
+        super().__init__(content)
+        self.path = path
+        self._windows = {id(tensor): tensor for tensor in windows}  # kept, so that no id is used twice
+        self._users = Counter(tensor.untyped_storage().data_ptr() for tensor in self._windows.values())
+        self._reader = reader
+        self._owned: dict[int, torch.UntypedStorage] = {}
+
+    def is_window(self, tensor: Tensor) -> bool:
+        """Whether the tensor's bytes are still in the file."""
+        return id(tensor) in self._windows
+
+    def is_alone(self, tensor: Tensor) -> bool:
+        """Whether no other tensor of the checkpoint shares the window's memory."""
+        return self._users[tensor.untyped_storage().data_ptr()] == 1
+
+    @torch.no_grad()
+    def read_into(self, window: Tensor, destination: Tensor) -> None:
+        """Write the values of a window to ``destination``: same shape, any dtype, layout and device."""
+        if window.numel() == 0:
+            return
+        if self._reader is None:
+            destination.copy_(window)
+        elif _same_bytes(window, destination):
+            self._reader.read(window.data_ptr(), destination.data_ptr(), window.nbytes)
+        elif window.is_contiguous() and destination.is_contiguous():
+            self._read_in_chunks(window.view(-1), destination.view(-1))
+        else:
+            span = 1 + sum((size - 1) * step for size, step in zip(window.size(), window.stride(), strict=True))
+            buffer = torch.empty(span, dtype=window.dtype)
+            self._reader.read(window.data_ptr(), buffer.data_ptr(), buffer.nbytes)
+            destination.copy_(buffer.as_strided(window.size(), window.stride()))
+
+    def _read_in_chunks(self, window: Tensor, destination: Tensor) -> None:
+        assert self._reader is not None
+        length = max(1, _CHUNK // window.element_size())
+        buffer = torch.empty(min(length, window.numel()), dtype=window.dtype)
+        for first in range(0, window.numel(), length):
+            source = window[first : first + length]
+            part = buffer[: source.numel()]
+            self._reader.read(source.data_ptr(), part.data_ptr(), source.nbytes)
+            destination[first : first + length].copy_(part)
+
+    @torch.no_grad()
+    def own(self, tree: Any) -> None:
+        """Give all tensors in ``tree`` memory of their own, in place; those that shared some, share it again."""
+        for _, leaf in leaves(tree, ""):
+            if isinstance(leaf, Tensor) and self._windows.pop(id(leaf), None) is not None:
+                storage = self._owned_storage(leaf.untyped_storage())
+                leaf.set_(storage, leaf.storage_offset(), leaf.size(), leaf.stride())
+
+    def _owned_storage(self, mapped: torch.UntypedStorage) -> torch.UntypedStorage:
+        address = mapped.data_ptr()
+        if address in self._owned:
+            return self._owned[address]
+        storage = torch.empty(mapped.nbytes(), dtype=torch.uint8).untyped_storage()
+        if self._reader is None:
+            storage.copy_(mapped, non_blocking=False)
+        else:
+            self._reader.read(address, storage.data_ptr(), mapped.nbytes())
+        if self._users[address] > 1:  # only then: what is kept here is not freed before the end
+            self._owned[address] = storage
+        return storage
+
+    def close(self) -> None:
+        """Windows that remain must not be used any more."""
+        self._windows.clear()
+        self._owned.clear()
+        if self._reader is not None:
+            self._reader.close()
+
+
+class FileReader:
+    """Reads what a window shows from the file itself, without touching the window."""
+
+    def __init__(self, fd: int, start: int, path: str) -> None:
+        self._fd, self._start, self._size, self._path = os.dup(fd), start, os.fstat(fd).st_size, path
+
+    def covers(self, address: int, length: int) -> bool:
+        """Whether the addresses lie within the file's window."""
+        return 0 <= address - self._start <= self._size - length
+
+    def read(self, address: int, target: int, length: int) -> None:
+        """Bring ``length`` bytes that a window shows at ``address`` to the memory at ``target``."""
+        if length == 0:
+            return
+        view = memoryview((ctypes.c_char * length).from_address(target)).cast("B")
+        position, done = address - self._start, 0
+        while done < length:
+            count = os.preadv(self._fd, [view[done:]], position + done)
+            if count == 0:
+                raise CheckpointError(f"{self._path!r} ended while it was read: another program cut it short.")
+            done += count
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def open_mapped(path: str) -> MappedCheckpoint | None:
+    """Open a local file safely, without reading its tensors.
+
+    ``None`` if it cannot be opened in this way: an old format, or objects in it that may hide tensors.
+    ``CheckpointError`` if it begins like a checkpoint and has no end. Whatever ``torch.load`` raises otherwise.
+    """
+    with open(path, "rb") as file:
+        if not _is_archive(file, path):
+            return None
+        byte_order = _byte_order(file)
+        # The open file's own name, where there is one: another file may take the place of `path` at any time.
+        name = f"/proc/self/fd/{file.fileno()}"
+        name = name if os.path.exists(name) else path
+        content = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
+        found = [leaf for _, leaf in leaves(content, "")]
+        windows = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+        if not all(type(leaf) in SAFE_LEAVES for leaf in found) or not all(map(is_plain_tensor, windows)):
+            return None
+        reader = _reader(file.fileno(), windows, path) if byte_order == sys.byteorder else None
+        return MappedCheckpoint(content, windows, path, reader)
+
+
+def is_plain_tensor(tensor: Any) -> bool:
+    """Whether the tensor is nothing but a strided view of its memory."""
+    return bool(
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not tensor.__dict__
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its piece of memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _same_bytes(window: Tensor, destination: Tensor) -> bool:
+    """Whether the window's bytes, as they are in the file, are what belongs at the destination."""
+    if destination.device.type != "cpu" or window.dtype != destination.dtype:
+        return False
+    if window.is_contiguous() and destination.is_contiguous():
+        return True
+    return bool(window.stride() == destination.stride()) and is_dense(window)
+
+
+def _is_archive(file: Any, path: str) -> bool:
+    start = file.read(4)
+    file.seek(0)
+    if zipfile.is_zipfile(file):
+        return start == b"PK\x03\x04"  # else: an old format that happens to end like one
+    if start == b"PK\x03\x04":
+        raise CheckpointError(f"{path!r} is damaged: it begins like a checkpoint, but its end is missing.")
+    return False
+
+
+def _byte_order(file: Any) -> str:
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        folder = archive.infolist()[0].filename.partition("/")[0] if archive.filelist else ""
+        try:
+            return archive.read(f"{folder}/byteorder").decode()
+        except KeyError:
+            return "little"  # files older than the entry
+
+
+def _reader(fd: int, windows: list[Tensor], path: str) -> FileReader | None:
+    """A reader for the file, if the system tells where in memory it is mapped."""
+    spans = [(storage.data_ptr(), storage.nbytes()) for storage in (tensor.untyped_storage() for tensor in windows)]
+    spans = [span for span in spans if span[1]]
+    if not spans or not hasattr(os, "preadv"):
+        return None
+    start = _start_of_mapping(spans[0][0], os.fstat(fd).st_ino)
+    if start is None:
+        return None
+    reader = FileReader(fd, start, path)
+    if all(reader.covers(*span) for span in spans):
+        return reader
+    reader.close()
+    return None
+
+
+def _start_of_mapping(address: int, inode: int) -> int | None:
+    """The address at which byte 0 of the file with this inode is mapped, if ``address`` lies in such a mapping."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as table:
+            lines = table.read().splitlines()
+    except OSError:  # not Linux, or hidden
+        return None
+    for line in lines:
+        span, _, offset, _, node, *_ = line.split()
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return first - int(offset, 16) if int(node) == inode else None
+    return None

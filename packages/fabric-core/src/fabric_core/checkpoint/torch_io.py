@@ -1,0 +1,141 @@
+"""Checkpoints as single files in torch's own format: whatever reads ``torch.save`` files reads these."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fabric_core.abc.checkpoint import CheckpointIO
+from fabric_core.checkpoint.commit import publish
+from fabric_core.checkpoint.lazy import OpenCheckpoint, open_mapped
+from fabric_core.checkpoint.paths import is_http, is_remote, open_filesystem, resolve
+from fabric_core.errors import CheckpointError, InvalidTypeError
+
+if TYPE_CHECKING:
+    from fabric_core.types import MapLocation, Path
+
+
+class TorchCheckpointIO(CheckpointIO):
+    """One file per checkpoint, complete or absent, opened without running code from it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to the file or object ``path``. What was there before stays until all is written.
+
+        Raises:
+            InvalidTypeError: ``storage_options`` were given; there are none.
+            CheckpointError: something in ``checkpoint`` cannot be pickled.
+            OSError: as the system says.
+        """
+        if storage_options is not None:
+            raise InvalidTypeError(
+                f"{type(self).__name__} has no storage options, got {storage_options!r}. Leave them out, or pass a "
+                "CheckpointIO that knows them to Fabric(plugins=[...])."
+            )
+        with publish(path) as file:
+            try:
+                torch.save(checkpoint, file)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise CheckpointError(
+                    f"The state for {os.fspath(path)!r} cannot be written: {error}. Store plain values and state dicts."
+                ) from error
+
+    def load_checkpoint(
+        self, path: Path, map_location: MapLocation = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file, an object or a web address; tensors are in memory, on the CPU unless ``map_location`` is given.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            CheckpointError: it is damaged, or holds objects that safe loading refuses.
+        """
+        safe = weights_only is not False
+        location: Any = "cpu" if map_location is None else map_location
+        content: dict[str, Any]
+        with _explained(path, safe):
+            if is_http(path):
+                content = torch.hub.load_state_dict_from_url(
+                    resolve(path), map_location=location, progress=False, weights_only=safe
+                )
+            elif is_remote(path):
+                filesystem, inside = open_filesystem(path)
+                with filesystem.open(inside, "rb") as file:
+                    content = torch.load(file, map_location=location, weights_only=safe)
+            else:
+                content = torch.load(_existing(path), map_location=location, weights_only=safe)
+        return content
+
+    @contextmanager
+    def open_checkpoint(self, path: Path, weights_only: bool | None = None) -> Iterator[OpenCheckpoint]:
+        """The checkpoint, opened with its tensors still in the file where possible.
+
+        With ``weights_only=False`` they are all read first: code in the file may look at them.
+        """
+        opened: OpenCheckpoint | None = None
+        if weights_only is not False and not is_remote(path):
+            with _explained(path, True):
+                opened = open_mapped(_existing(path))
+        if opened is None:
+            opened = OpenCheckpoint(self.load_checkpoint(path, weights_only=weights_only))
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+    def remove_checkpoint(self, path: Path) -> None:
+        """Remove the file or folder; no error if it is absent."""
+        if is_remote(path):
+            filesystem, inside = open_filesystem(path)
+            if filesystem.exists(inside):
+                filesystem.rm(inside, recursive=True)
+            return
+        local = resolve(path)
+        if os.path.isdir(local) and not os.path.islink(local):
+            shutil.rmtree(local)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(local)
+
+
+def _existing(path: Path) -> str:
+    local = resolve(path)
+    if os.path.isdir(local):
+        raise IsADirectoryError(f"{local!r} is a folder, not a checkpoint file.")
+    if not os.path.exists(local):
+        raise FileNotFoundError(f"There is no checkpoint at {local!r} (from {os.getcwd()!r}).")
+    return local
+
+
+@contextmanager
+def _explained(path: Path, safe: bool) -> Iterator[None]:
+    """Turn what reading may raise into an error that names the file and what to do."""
+    try:
+        yield
+    except (CheckpointError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        name = os.fspath(path)
+        refused = _refused_names(name) if safe and isinstance(error, pickle.UnpicklingError) else []
+        if not refused:
+            raise CheckpointError(f"{name!r} cannot be read, it may be damaged: {error}") from error
+        raise CheckpointError(
+            f"{name!r} was NOT loaded: it holds {', '.join(refused)}, and building these objects runs code.\n"
+            "Whoever wrote the file decides what that code does; it can do anything that you can do on this machine.\n"
+            "If you know these names and trust them: torch.serialization.add_safe_globals([...]), then load again.\n"
+            "If you trust the origin of the whole file: pass weights_only=False."
+        ) from error
+
+
+def _refused_names(path: str) -> list[str]:
+    """What safe loading stumbles over in the file; empty if that is not the problem or cannot be told."""
+    if is_remote(path):
+        return ["objects that safe loading does not know"]
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(resolve(path)))
+    except Exception:  # only for a message: the real error is on its way
+        return []

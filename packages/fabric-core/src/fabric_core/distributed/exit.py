@@ -1,0 +1,106 @@
+"""Ending a process that used ``torch.distributed``, without being aborted on the way out.
+
+A thread of the gloo backend may drop its reference to a Python object a moment after the collective has returned. If
+the interpreter is being finalised at that moment, the thread cannot take the lock of the interpreter any more, and the
+process dies with SIGABRT ("terminate called without an active exception") after all its work was done.
+``end_process`` leaves without finalising; ``protect_exit`` lets such threads finish before finalising begins.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+_BUSY_THREADS: Final = "pt_gloo"
+_LEAVE_LIMIT: Final = 2.0
+_IDLE_LIMIT: Final = 0.5
+_PAUSE: Final = 0.005
+_protected = False
+
+
+def end_process(code: int = 0) -> NoReturn:
+    """End this process now with ``code``: output is flushed, nothing else runs, nothing can abort it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # closed, replaced, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+def run_exit_functions(limit: float | None = None, code: int = 0) -> None:
+    """Do what Python does before finalising: wait for non-daemon threads, then run the ``atexit`` functions.
+
+    If that takes longer than ``limit`` seconds, the process ends with ``code`` in the middle of it.
+    """
+    if limit is not None:
+        watchdog = threading.Timer(limit, end_process, (code,))
+        watchdog.daemon = True
+        watchdog.start()
+    for owner, name in ((threading, "_shutdown"), (atexit, "_run_exitfuncs")):
+        step = getattr(owner, name, None)  # what the interpreter itself calls, under no public name
+        if step is not None:
+            with suppress(BaseException):  # the function has printed its own traceback, the next ones still run
+                step()
+
+
+def protect_exit() -> None:
+    """From now on, a normal end of this process leaves its process group first and then waits for gloo's threads.
+
+    The exit code stays what it would have been. The wait is a few milliseconds, and bounded.
+    """
+    global _protected  # noqa: PLW0603 - one registration for each process
+    if not _protected:
+        _protected = True
+        atexit.register(leave_cleanly)
+
+
+def leave_cleanly() -> None:
+    """Destroy the process group if there is one, and return once no thread of gloo has work left."""
+    group = sys.modules.get("torch.distributed")
+    if group is None or not group.is_available():
+        return
+    if group.is_initialized():
+        _bounded(group)
+    wait_for_idle_threads()
+
+
+def _bounded(group: Any) -> None:
+    """Destroy the group in a thread, because some backends block here for as long as another rank is stuck."""
+
+    def destroy() -> None:
+        with suppress(Exception):  # a peer that died first makes this fail, which is no news at this point
+            group.destroy_process_group()
+
+    helper = threading.Thread(target=destroy, name="fabric-leave-group", daemon=True)
+    helper.start()
+    helper.join(_LEAVE_LIMIT)
+
+
+def wait_for_idle_threads() -> None:
+    """Return once gloo's threads were seen asleep twice, with the interpreter's lock free in between.
+
+    A thread that waits for the lock also looks asleep; the pause lets it have the lock. Where the system does not
+    show threads, wait for a fixed time.
+    """
+    if not Path("/proc/self/task").is_dir():
+        time.sleep(0.1)
+        return
+    deadline = time.monotonic() + _IDLE_LIMIT
+    quiet = 0
+    while quiet < 2 and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+        quiet = 0 if _any_busy() else quiet + 1
+
+
+def _any_busy() -> bool:
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # the thread ended meanwhile
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            if name.startswith(_BUSY_THREADS) and rest.split()[0] != "S":
+                return True
+    return False

@@ -1,0 +1,1 @@
+"""Where processes run and who starts them: a lone machine, torchrun."""

@@ -1,0 +1,103 @@
+"""A lone machine, or a few of them started by hand: Fabric starts the processes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fabric_core import settings
+from fabric_core.abc.environment import ClusterEnvironment
+from fabric_core.distributed.port import ReservedPort, reserve_port
+from fabric_core.rank_zero import rank_zero_only
+
+
+class LightningEnvironment(ClusterEnvironment):
+    """The environment where nothing else is detected. Ranks are told by the strategy, not read from a scheduler.
+
+    With ``LOCAL_RANK`` set, the processes were started by hand or by the script launcher, and Fabric starts none.
+    For several nodes set ``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK`` on each and start the script there.
+    """
+
+    priority: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self._world_size = 1
+        self._global_rank = 0
+        self._port: int | None = None
+        self._reserved: ReservedPort | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reserved": None}  # the reservation stays with the process that made it
+
+    @staticmethod
+    def detect() -> bool:
+        """Always: it is the fall-back."""
+        return True
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Whether ``LOCAL_RANK`` says that this process was started as one of several."""
+        return settings.LOCAL_RANK.is_set()
+
+    @property
+    def main_address(self) -> str:
+        """``MASTER_ADDR``, else this machine."""
+        return settings.MASTER_ADDR.text() or "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        """``MASTER_PORT``, else ``STANDALONE_PORT``, else a free port that is reserved while this object lives."""
+        given = settings.MASTER_PORT.integer() or settings.STANDALONE_PORT.integer()
+        if given is not None:
+            return given
+        if self._port is None:
+            self._reserved = reserve_port()
+            self._port = self._reserved.port
+        return self._port
+
+    def world_size(self) -> int:
+        """What the strategy said; 1 before."""
+        return self._world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Remember the number of processes."""
+        self._world_size = size
+
+    def global_rank(self) -> int:
+        """What the strategy said; 0 before."""
+        return self._global_rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Remember the rank, also for functions that run on rank 0 only."""
+        self._global_rank = rank
+        rank_zero_only.rank = rank
+
+    def local_rank(self) -> int:
+        """``LOCAL_RANK``, else 0."""
+        return settings.LOCAL_RANK.integer() or 0
+
+    def node_rank(self) -> int:
+        """``NODE_RANK``, else ``GROUP_RANK``, else 0."""
+        return settings.NODE_RANK.integer() or settings.GROUP_RANK.integer() or 0
+
+    def local_world_size(self) -> int | None:
+        """``LOCAL_WORLD_SIZE``, if processes were started from outside."""
+        return settings.LOCAL_WORLD_SIZE.integer() if self.creates_processes_externally else None
+
+    def teardown(self) -> None:
+        """Remove ``WORLD_SIZE``, and give the port back."""
+        settings.WORLD_SIZE.unset()
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = self._port = None
+
+
+def find_free_network_port() -> int:
+    """A port that was free a moment ago; ``STANDALONE_PORT`` if set.
+
+    Another program may take it before it is used. ``fabric_core.distributed.port.reserve_port`` prevents that.
+    """
+    given = settings.STANDALONE_PORT.integer()
+    if given is not None:
+        return given
+    with reserve_port() as reserved:
+        return reserved.port

@@ -1,0 +1,123 @@
+import os
+import random
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fabric_core.data import (
+    AttributeDict,
+    auto_worker_init,
+    has_iterable_dataset,
+    has_len,
+    sized_len,
+    suggested_max_num_workers,
+)
+from fabric_core.seeding import seed_everything
+
+
+class Draws(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return 3
+
+
+def drawn(rank, context="fork"):
+    seed_everything(1, workers=True, verbose=False)
+    loader = DataLoader(Draws(), num_workers=2, batch_size=None, multiprocessing_context=context)
+    auto_worker_init(loader, rank=rank)
+    return list(loader)
+
+
+def test_no_two_workers_of_any_two_ranks_draw_the_same_numbers():
+    numbers = [number for draw in drawn(0) + drawn(1) for number in draw]
+    assert len(set(numbers)) == len(numbers) == 24
+
+
+def test_workers_draw_the_same_numbers_again_also_when_spawned():
+    assert drawn(1) == drawn(1) == drawn(1, context="spawn")
+
+
+def test_workers_are_left_alone_unless_asked_for():
+    loader = DataLoader(range(3))
+    auto_worker_init(loader, rank=0)
+    assert loader.worker_init_fn is None
+
+
+def test_the_users_own_function_stays():
+    seed_everything(1, workers=True, verbose=False)
+    loader = DataLoader(range(3), worker_init_fn=print)
+    auto_worker_init(loader, rank=0)
+    assert loader.worker_init_fn is print
+
+
+def test_each_process_leaves_itself_a_cpu():
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert suggested_max_num_workers(1) == max(1, cpus - 1)
+    assert suggested_max_num_workers(1000) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+def test_only_cpus_this_process_may_use_count():
+    one = min(os.sched_getaffinity(0))
+    code = (
+        f"import os; os.sched_setaffinity(0, {{{one}}}); from fabric_core.data.workers import *; print(_usable_cpus())"
+    )
+    code = code.replace("import *", "import _usable_cpus")
+    assert subprocess.check_output([sys.executable, "-c", code]).strip() == b"1"
+
+
+def test_no_processes_is_an_error():
+    with pytest.raises(ValueError, match="local_world_size=0"):
+        suggested_max_num_workers(0)
+
+
+def test_lengths_are_none_where_there_are_none():
+    assert sized_len(range(3)) == 3
+    assert sized_len(iter([])) is None
+    assert has_len(DataLoader(range(3)))
+    assert not has_len(iter([]))
+
+
+def test_streams_are_recognised():
+    assert has_iterable_dataset(DataLoader(Stream()))
+    assert not has_iterable_dataset(DataLoader(range(3)))
+
+
+def test_a_loop_over_nothing_is_reported():
+    with pytest.warns(UserWarning, match="length 0") as record:
+        assert has_len(DataLoader([]))
+    assert record[0].filename == __file__
+
+
+def test_the_length_of_a_stream_is_doubted():
+    with pytest.warns(UserWarning, match="own share"):
+        assert has_len(DataLoader(Stream()))
+
+
+def test_items_are_attributes():
+    d = AttributeDict(a=1)
+    d.b = 2
+    del d.a
+    assert (d, d.b, d["b"]) == ({"b": 2}, 2, 2)
+
+
+@pytest.mark.parametrize("access", [getattr, delattr])
+def test_a_missing_item_is_an_attribute_error(access):
+    with pytest.raises(AttributeError, match="no item 'c'; it has: a, b"):
+        access(AttributeDict(b=1, a=2), "c")
+
+
+def test_items_print_sorted_and_nothing_prints_as_nothing():
+    assert repr(AttributeDict(lr=0.1, batch="x")) == '"batch": \'x\'\n"lr":    0.1'
+    assert repr(AttributeDict()) == ""
