@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 import pytest
-from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from fabric_core.cli.main import CommandGroup, cli
+from fabric_core.cli.main import CommandGroup
 from fabric_core.errors import CheckpointError, InvalidArgumentError, WorkerFailedError
 from fabric_core.registry.builtin import TABLE
 from fabric_core.registry.contract import CORE_VERSION
@@ -103,11 +102,16 @@ def test_an_error_on_purpose_ends_with_its_message_and_a_code(error: Exception, 
     assert done.output.startswith("Error: what")
 
 
-def test_completing_a_command_or_a_plugin_imports_neither(site: PluginSite) -> None:
-    site.dist("fabric-foo", {"fabric.cli": {"plug-in": "no_such_module:f"}})
-    complete = ShellComplete(cli, {}, "fabric", "_FABRIC_COMPLETE")
-    assert {"plugins"} <= {item.value for item in complete.get_completions([], "plug")}
-    assert "ddp_spawn" in {item.value for item in complete.get_completions(["plugins", "show"], "ddp")}
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("fabric plug", "plug-in"), ("fabric plug", "plugins"), ("fabric plugins show fo", "foo")]
+)
+def test_completing_a_command_or_a_plugin_imports_neither(
+    fabric: Fabric, site: PluginSite, typed: str, offered: str
+) -> None:
+    site.dist("fabric-foo", {"fabric.cli": {"plug-in": "no_such_module:f"}, "fabric.loggers": {"foo": "no_such:F"}})
+    place = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = fabric(_FABRIC_COMPLETE="bash_complete", **place)
+    assert f"plain,{offered}" in done.stdout.splitlines()
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the CPU time of a child process")

@@ -73,7 +73,8 @@ def test_options_for_the_sampler_win():
 
 def test_streams_and_divided_loaders_come_back_as_they_are():
     class Stream(IterableDataset):
-        pass
+        def __iter__(self):
+            return iter(range(4))
 
     divided = DistributedSampler(range(4), num_replicas=2, rank=0)
     batches = BatchSampler(divided, 2, drop_last=False)

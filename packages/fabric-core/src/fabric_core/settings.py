@@ -112,6 +112,7 @@ ROLE_WORLD_SIZE: Final = Setting("ROLE_WORLD_SIZE", "number of workers of one ki
 TORCHELASTIC_RESTART_COUNT: Final = Setting("TORCHELASTIC_RESTART_COUNT", "how often torchrun restarted the workers")
 TORCHELASTIC_MAX_RESTARTS: Final = Setting("TORCHELASTIC_MAX_RESTARTS", "how often torchrun may restart the workers")
 WORKER: Final = Setting("FABRIC_WORKER", "how a worker finds its supervisor; written by the launchers for each other")
+SPAWN_REPORT: Final = Setting("FABRIC_SPAWN_REPORT", "where a process being spawned reports that it cannot load")
 STANDALONE_PORT: Final = Setting("STANDALONE_PORT", "the port to use where a free one would be picked")
 SLURM_PROCID: Final = Setting("SLURM_PROCID", "rank among all processes, under srun")
 JSM_NAMESPACE_RANK: Final = Setting("JSM_NAMESPACE_RANK", "rank among all processes, under jsrun")

@@ -44,6 +44,12 @@ class TorchCheckpointIO(CheckpointIO):
                 raise CheckpointError(
                     f"The state for {os.fspath(path)!r} cannot be written: {error}. Store plain values and state dicts."
                 ) from error
+            except RuntimeError as error:
+                # torch reports a failed write as a position that does not add up; the reason is further back.
+                reason = _system_error_behind(error)
+                if reason is None:
+                    raise
+                raise OSError(reason.errno, reason.strerror, os.fspath(path)) from error
 
     def load_checkpoint(
         self, path: Path, map_location: MapLocation = None, weights_only: bool | None = None
@@ -100,6 +106,13 @@ class TorchCheckpointIO(CheckpointIO):
         else:
             with suppress(FileNotFoundError):
                 os.unlink(local)
+
+
+def _system_error_behind(error: BaseException) -> OSError | None:
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def _existing(path: Path) -> str:

@@ -33,10 +33,11 @@ def suggested_max_num_workers(local_world_size: int) -> int:
     """
     if local_world_size < 1:
         raise InvalidArgumentError(f"local_world_size={local_world_size}: at least one process runs on this node.")
-    return max(1, _usable_cpus() // local_world_size - 1)
+    return max(1, usable_cpus() // local_world_size - 1)
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """How many CPUs this process may run on, all of the machine's where the operating system does not tell."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

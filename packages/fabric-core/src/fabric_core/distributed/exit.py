@@ -53,7 +53,7 @@ def protect_exit() -> None:
 
     The exit code stays what it would have been. The wait is a few milliseconds, and bounded.
     """
-    global _protected  # noqa: PLW0603 - one registration for each process
+    global _protected  # one registration for each process
     if not _protected:
         _protected = True
         atexit.register(leave_cleanly)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from fabric_core import settings
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.distributed.port import ReservedPort, reserve_port
+from fabric_core.errors import UsageError
 from fabric_core.rank_zero import rank_zero_only
 
 
@@ -45,10 +46,19 @@ class LightningEnvironment(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        """``MASTER_PORT``, else ``STANDALONE_PORT``, else a free port that is reserved while this object lives."""
+        """``MASTER_PORT``, else ``STANDALONE_PORT``, else a free port that is reserved while this object lives.
+
+        Raises:
+            RuntimeError: neither is set on a node other than the first.
+        """
         given = settings.MASTER_PORT.integer() or settings.STANDALONE_PORT.integer()
         if given is not None:
             return given
+        if self.node_rank() > 0:
+            raise UsageError(
+                f"This is node {self.node_rank()}, which cannot know the port that rank 0 listens on: set MASTER_ADDR "
+                "and MASTER_PORT to the same values on every node, MASTER_ADDR to the address of node 0."
+            )
         if self._port is None:
             self._reserved = reserve_port()
             self._port = self._reserved.port

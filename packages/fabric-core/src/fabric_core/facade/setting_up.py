@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from fabric_core.data.sharding import distributed_loader
-from fabric_core.data.workers import auto_worker_init
 from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.facade.reporting import Reporting
 from fabric_core.wrappers.compile import unwrap_compiled
@@ -156,6 +154,9 @@ class SettingUp(Reporting):
         return made[0] if len(made) == 1 else made
 
     def _distribute(self, loader: Any, use_distributed_sampler: bool, move_to_device: bool) -> FabricDataLoader:
+        from fabric_core.data.sharding import distributed_loader  # a program without data loaders pays nothing
+        from fabric_core.data.workers import auto_worker_init
+
         split = self._strategy.distributed_sampler_kwargs
         if use_distributed_sampler and split is not None:
             loader = distributed_loader(loader, **split)

@@ -85,7 +85,7 @@ def watch_until(wait: Callable[[], object]) -> None:
 
 def _close_in_forked_children(fd: int) -> None:
     """A forked child, such as a data loader's worker, must not keep the pipe open after this process is gone."""
-    global _forks_watched  # noqa: PLW0603 - a registration cannot be undone, so there is one for each process
+    global _forks_watched  # a registration cannot be undone, so there is one for each process
     _held.add(fd)
     if not _forks_watched and hasattr(os, "register_at_fork"):
         _forks_watched = True

@@ -113,4 +113,3 @@ def _supervised(process: subprocess.Popen[bytes], rank: int, report: Path) -> Wo
         return process.returncode
 
     return Worker(rank, wait, process.send_signal, process.terminate, process.kill, report)
-

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -126,7 +127,9 @@ class Supervisor:
             threading.Thread(target=self._wait_for, args=(worker,), name="fabric-wait", daemon=True).start()
         try:
             while self._alive and not self._failures:
-                self._handle(self._next())
+                event = self._next(_HEARTBEAT)
+                if event is not None:
+                    self._handle(event)
                 if self._signal is not None:
                     return self._outcome()
             if self._failures:
@@ -157,21 +160,16 @@ class Supervisor:
     def _wait_for(self, worker: Worker) -> None:
         self._events.put(_Exited(worker, worker.wait()))
 
-    def _next(self) -> _Event:
-        while True:
-            try:
-                return self._events.get(timeout=_HEARTBEAT)
-            except queue.Empty:
-                continue
+    def _next(self, timeout: float | None) -> _Event | None:
+        with suppress(queue.Empty):
+            return self._events.get(timeout=timeout)
+        return None
 
     def _drain(self, seconds: float) -> None:
         """Handle events for so long, or until no worker is left."""
         deadline = time.monotonic() + seconds
-        while self._alive:
-            try:
-                self._handle(self._events.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                return
+        while self._alive and (event := self._next(max(0.0, deadline - time.monotonic()))) is not None:
+            self._handle(event)
 
     def _handle(self, event: _Event) -> None:
         if isinstance(event, Failure):
@@ -210,4 +208,3 @@ class Supervisor:
 
     def _outcome(self) -> Outcome:
         return Outcome(first_of(self._failures.values()), tuple(self._failures.values()), self._signal)
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from fabric_core.settings import OMP_NUM_THREADS
 
@@ -25,6 +26,5 @@ def set_num_threads_if_needed(num_processes: int = 1) -> None:
 
 def _usable_cpus() -> int:
     """The CPUs that this process may run on, which a container or a scheduler can restrict."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

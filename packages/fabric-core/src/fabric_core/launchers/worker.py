@@ -41,7 +41,7 @@ class Link:
 
     @staticmethod
     def from_environment() -> Link | None:
-        """The link that the launcher left in the environment, taken out so that no grandchild mistakes it for its own."""
+        """The link that the launcher left in the environment, taken out so that no grandchild inherits it."""
         text = WORKER.text()
         WORKER.unset()
         return Link(**json.loads(text)) if text else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fabric_core.abc.accelerator import Accelerator
-from fabric_core.abc.hooks import Candidate, ResolveContext
+from fabric_core.abc.choosing import Candidate, ResolveContext
 from fabric_core.errors import InvalidTypeError, UnknownPluginError, UsageError
 from fabric_core.rank_zero import rank_zero_info
 from fabric_core.registry import Registry

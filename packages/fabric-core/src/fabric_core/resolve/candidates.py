@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fabric_core.abc.hooks import Candidate, ResolveContext
+from fabric_core.abc.choosing import Candidate, ResolveContext
 from fabric_core.errors import AmbiguousPluginError
 from fabric_core.registry import Registry
 

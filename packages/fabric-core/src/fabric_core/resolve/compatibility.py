@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from fabric_core.abc.hooks import Problem
+from fabric_core.abc.choosing import Problem
 from fabric_core.errors import InvalidArgumentError, MisconfigurationException, UsageError
 from fabric_core.registry import Registry
 from fabric_core.resolve.choice import Choice

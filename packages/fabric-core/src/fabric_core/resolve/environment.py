@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fabric_core.abc.choosing import ResolveContext
 from fabric_core.abc.environment import ClusterEnvironment
-from fabric_core.abc.hooks import ResolveContext
 from fabric_core.registry import Registry
 from fabric_core.resolve.candidates import collect_candidates, pick
 from fabric_core.resolve.choice import Choice, plugin_text

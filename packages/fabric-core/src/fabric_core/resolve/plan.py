@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from fabric_core.abc.hooks import ResolveContext
+from fabric_core.abc.choosing import ResolveContext
 from fabric_core.errors import UsageError
 from fabric_core.registry import Registry, get_registry
 from fabric_core.resolve.accelerator import choose_accelerator

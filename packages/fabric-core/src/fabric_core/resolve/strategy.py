@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fabric_core.abc.hooks import ResolveContext
+from fabric_core.abc.choosing import ResolveContext
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidTypeError
 from fabric_core.rank_zero import rank_zero_warn
