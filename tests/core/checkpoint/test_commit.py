@@ -23,6 +23,12 @@ def write(path, data, **kwargs):
         file.write(data)
 
 
+def fail_halfway(path, anonymous):
+    with publish(path, anonymous=anonymous) as file:
+        file.write(b"half" * 100_000)
+        raise KeyboardInterrupt
+
+
 @both_ways
 def test_parent_folders_are_made_and_nothing_else_stays(tmp_path, anonymous):
     write(tmp_path / "a" / "b" / "x", b"new", anonymous=anonymous)
@@ -33,9 +39,8 @@ def test_parent_folders_are_made_and_nothing_else_stays(tmp_path, anonymous):
 @both_ways
 def test_an_error_in_the_block_leaves_the_old_file_and_no_other(tmp_path, anonymous):
     write(tmp_path / "x", b"old")
-    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "x", anonymous=anonymous) as file:
-        file.write(b"half" * 100_000)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail_halfway(tmp_path / "x", anonymous)
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"
 

@@ -40,7 +40,7 @@ def test_files_of_plain_torch_open(io, path, new_format):
 
 
 def test_storage_options_are_refused(io, path):
-    with pytest.raises(TypeError, match="has no storage options, got {'a': 1}"):
+    with pytest.raises(TypeError, match=r"has no storage options, got \{'a': 1\}"):
         io.save_checkpoint({}, path, storage_options={"a": 1})
     assert not path.exists()
 
@@ -48,8 +48,7 @@ def test_storage_options_are_refused(io, path):
 @pytest.mark.parametrize("load", ["load_checkpoint", "open_checkpoint"])
 def test_a_missing_file_is_named(io, path, load):
     with pytest.raises(FileNotFoundError, match=r"x\.ckpt"):
-        opened = getattr(io, load)(path)
-        opened.__enter__()
+        getattr(io, load)(path).__enter__()
 
 
 def test_a_folder_is_no_checkpoint_file(io, tmp_path):
@@ -96,7 +95,7 @@ def test_what_cannot_be_pickled_leaves_the_old_file(io, path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_reported_as_such(io):
-    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+    with pytest.raises(OSError, match="No space left on device"):
         io.save_checkpoint({"w": torch.ones(100_000)}, "/dev/full")
 
 

@@ -152,6 +152,14 @@ def test_positional_arguments_handed_on_are_understood():
     assert rows(reinstantiate(loader, SAMPLER)) == [[3, 1], [2]]
 
 
+def test_positional_only_arguments_stay_positional():
+    class Positional(DataLoader):
+        def __init__(self, dataset, /, **kwargs):
+            super().__init__(dataset, **kwargs)
+
+    assert rows(reinstantiate(Positional(range(4), batch_size=2), SAMPLER)) == [[3, 1], [2]]
+
+
 def test_a_constructor_without_the_parameter_is_an_error():
     with pytest.raises(InvalidTypeError, match=r"`sampler`.*\*\*kwargs.*" + OPT_OUT):
         reinstantiate(Closed(range(4)), SAMPLER)
@@ -235,6 +243,23 @@ def test_a_batch_sampler_that_looks_like_torchs_is_tried():
 def test_a_batch_sampler_that_takes_no_sampler_is_an_error(batch_sampler):
     with pytest.raises(InvalidTypeError, match=OPT_OUT):
         reinstantiate(DataLoader(range(4), batch_sampler=batch_sampler), SAMPLER)
+
+
+def test_a_batch_sampler_with_unknown_arguments_is_tried_with_those_of_torch():
+    loader = DataLoader(range(4), batch_sampler=Secretive(SequentialSampler(range(4)), "s"))
+    with pytest.raises(InvalidTypeError, match=r"Secretive.*\(sampler, batch_size, drop_last\).*" + OPT_OUT):
+        reinstantiate(loader, SAMPLER)
+
+
+def test_an_error_of_the_constructor_itself_passes():
+    class Once(DataLoader):
+        def __init__(self, dataset, sampler=None):
+            if sampler is not None:
+                raise ValueError("never again")
+            super().__init__(dataset)
+
+    with pytest.raises(ValueError, match="never again"):
+        reinstantiate(Once(range(4)), SAMPLER)
 
 
 def test_a_captured_batch_sampler_that_takes_no_sampler_is_an_error():

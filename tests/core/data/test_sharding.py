@@ -157,6 +157,11 @@ def test_a_sampler_longer_than_its_length_is_an_error():
         list(DistributedSamplerWrapper(Sized(iter(int, 1), 3), num_replicas=2, rank=0))
 
 
+def test_only_loaders_can_be_divided():
+    with pytest.raises(InvalidTypeError, match=r"torch\.utils\.data\.DataLoader, got list"):
+        distributed_loader([1, 2], num_replicas=2, rank=0)
+
+
 def test_the_epoch_is_set_once_on_each_sampler():
     calls = []
 

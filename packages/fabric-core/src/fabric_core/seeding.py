@@ -158,13 +158,16 @@ def _device_module(initialise: bool = False) -> tuple[str, Any] | None:
 
     Unless ``initialise``, it also must be in use: to ask it otherwise would start it.
     """
-    device = torch.accelerator.current_accelerator()
-    if device is None or not torch.accelerator.is_available():
+    try:
+        device = torch.accelerator.current_accelerator()
+    except RuntimeError:  # torch 2.6 raises where later versions return None
+        return None
+    if device is None:
         return None
     module = torch.get_device_module(device.type)
-    if not initialise and not getattr(module, "is_initialized", lambda: True)():
-        return None
-    return device.type, module
+    is_initialized = getattr(module, "is_initialized", torch.accelerator.is_available)
+    usable = torch.accelerator.is_available() if initialise else is_initialized()
+    return (device.type, module) if usable else None
 
 
 def _numpy() -> Any:

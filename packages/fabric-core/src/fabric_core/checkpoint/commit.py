@@ -172,7 +172,9 @@ def _is_special(target: str) -> bool:
         raise IsADirectoryError(
             errno.EISDIR, "A checkpoint file cannot replace a folder. Choose another name, or remove the folder", target
         )
-    if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):  # a rename would succeed, but whoever protected the file meant it
+    if not os.access(
+        target, os.W_OK, effective_ids=os.access in os.supports_effective_ids
+    ):  # a rename would succeed, but whoever protected the file meant it
         raise PermissionError(errno.EACCES, "The checkpoint to replace is write-protected", target)
     return not stat.S_ISREG(mode)
 

@@ -166,9 +166,9 @@ def open_mapped(path: str) -> MappedCheckpoint | None:
     ``None`` if it cannot be opened in this way: an old format, or objects in it that may hide tensors.
     ``CheckpointError`` if it begins like a checkpoint and has no end. Whatever ``torch.load`` raises otherwise.
     """
+    if not is_archive(path):
+        return None
     with open(path, "rb") as file:
-        if not _is_archive(file, path):
-            return None
         byte_order = _byte_order(file)
         # The open file's own name, where there is one: another file may take the place of `path` at any time.
         name = f"/proc/self/fd/{file.fileno()}"
@@ -212,10 +212,13 @@ def _same_bytes(window: Tensor, destination: Tensor) -> bool:
     return bool(window.stride() == destination.stride()) and is_dense(window)
 
 
-def _is_archive(file: Any, path: str) -> bool:
-    start = file.read(4)
-    file.seek(0)
-    if zipfile.is_zipfile(file):
+def is_archive(path: str) -> bool:
+    """Whether the file is in today's format. ``CheckpointError`` if it begins like one, but was cut off."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+        file.seek(0)
+        complete = zipfile.is_zipfile(file)
+    if complete:
         return start == b"PK\x03\x04"  # else: an old format that happens to end like one
     if start == b"PK\x03\x04":
         raise CheckpointError(f"{path!r} is damaged: it begins like a checkpoint, but its end is missing.")

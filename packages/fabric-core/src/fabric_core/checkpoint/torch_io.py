@@ -13,7 +13,7 @@ import torch
 
 from fabric_core.abc.checkpoint import CheckpointIO
 from fabric_core.checkpoint.commit import publish
-from fabric_core.checkpoint.lazy import OpenCheckpoint, open_mapped
+from fabric_core.checkpoint.lazy import OpenCheckpoint, is_archive, open_mapped
 from fabric_core.checkpoint.paths import is_http, is_remote, open_filesystem, resolve
 from fabric_core.errors import CheckpointError, InvalidTypeError
 
@@ -73,7 +73,9 @@ class TorchCheckpointIO(CheckpointIO):
                 with filesystem.open(inside, "rb") as file:
                     content = torch.load(file, map_location=location, weights_only=safe)
             else:
-                content = torch.load(_existing(path), map_location=location, weights_only=safe)
+                local = _existing(path)
+                is_archive(local)  # for its error: what torch says of a cut file differs by where it was cut
+                content = torch.load(local, map_location=location, weights_only=safe)
         return content
 
     @contextmanager

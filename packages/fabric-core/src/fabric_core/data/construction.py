@@ -25,12 +25,6 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The argument that parameter ``name`` gets, ``default`` if the call leaves it out."""
-        if name in self.names[: len(self.args)]:
-            return self.args[self.names.index(name)]
-        return self.kwargs.get(name, default)
-
     def replace(self, wanted: Mapping[str, Any]) -> None:
         """Change the arguments to those wanted; those that come out the same when left out are left out.
 

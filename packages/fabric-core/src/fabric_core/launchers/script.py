@@ -170,13 +170,23 @@ class _RankZero:
         if outcome is not None and self._is_foreign(outcome) and not isinstance(error, KeyboardInterrupt):
             if self._ending.acquire(blocking=False):
                 self._tell(outcome)
-                # An exit that is raised here becomes the exit of the process: exit functions run, as they should.
-                raise SystemExit(outcome.exit_code)
+                self._leave(outcome.exit_code)
+                raise SystemExit(outcome.exit_code)  # from a hook, this becomes the exit of the process
             time.sleep(_VERDICT_LIMIT)  # the thread was faster and is ending this process
         self._restore_hook()
         if not isinstance(error, KeyboardInterrupt):
             sys.stderr.write(headline(failure) + "\n")
         self._previous_hook(kind, error, trace)
+        self._leave(failure.exit_code)
+
+    def _leave(self, code: int) -> None:
+        """End this process now, unless another hook has called this one and is still to do its own work.
+
+        Finalising an interpreter that has loaded torch takes up to a second, which a failed job does not have.
+        """
+        if sys._getframe(2).f_back is None:
+            run_exit_functions(CLEAN_UP_LIMIT, code)
+            end_process(code)
 
     def _restore_hook(self) -> None:
         if sys.excepthook == self._hook:  # someone else's hook on top calls this one, and this one goes on as before

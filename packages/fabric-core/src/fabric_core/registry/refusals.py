@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -105,6 +104,8 @@ def _who_would_provide(kind: str, name: str, around: Surroundings) -> str:
 
 
 def _did_you_mean(name: str, around: Surroundings) -> str:
+    import difflib
+
     spelling = {name_key(one): one for one in (*around.known, *around.installed)}
     close = difflib.get_close_matches(name_key(name), spelling, n=1, cutoff=0.6)
     if not close:
