@@ -27,7 +27,7 @@ def parse_options() -> Namespace:
         add(f"--{name.replace('_', '-')}", default=SUPPRESS, help=f"see Fabric({name}=...)")
     add = parser.add_argument_group("what to learn").add_argument
     add("--data", type=Path, help="folder of text files instead of the standard library")
-    add("--steps", type=int, default=1000)
+    add("--steps", type=int, default=600)
     add("--batch-size", type=int, default=16, help="windows per step, over all processes")
     add("--accumulate", type=int, default=1, help="small batches per step and process")
     add("--lr", type=float, default=3e-3, help="highest learning rate")
@@ -39,7 +39,7 @@ def parse_options() -> Namespace:
     add("--out", type=Path, default=Path("runs/language_model"), help="folder for all files of this run")
     add("--losses", type=Path, help="file for the losses (in --out if not given)")
     add("--checkpoint", type=Path, help="the checkpoint (in --out if not given)")
-    add("--checkpoint-every", type=int, default=250, help="steps between checkpoints; 0: only at the end")
+    add("--checkpoint-every", type=int, default=200, help="steps between checkpoints; 0: only at the end")
     add("--resume", action="store_true", help="go on from --checkpoint")
     add("--stop-after", type=int, help="stop early, after this many steps, to be resumed")
     add("--eval-every", type=int, default=100, help="steps between validations")

@@ -157,18 +157,28 @@ def test_two_entries_with_one_module_are_loaded_once(registry: Registry, site: P
         assert len(offers(registry)) == 1
 
 
+REGISTERS = """
+    from fabric_core.abc.hooks import hookimpl
+
+    @hookimpl
+    def fabric_register(registry):
+        registry.register("strategy", "dynamic", dict)
+"""
+
+
 def test_names_that_cannot_be_static_are_registered_before_one_is_given_up(
     registry: Registry, site: PluginSite
 ) -> None:
-    source = """
-        from fabric_core.abc.hooks import hookimpl
-
-        @hookimpl
-        def fabric_register(registry):
-            registry.register("strategy", "dynamic", dict)
-    """
-    install(site, "fabric-foo", source)
+    install(site, "fabric-foo", REGISTERS)
     assert registry.resolve("strategy", "dynamic") is dict
+
+
+def test_hooks_installed_meanwhile_join_those_loaded(registry: Registry, site: PluginSite) -> None:
+    install(site, "fabric-foo", GOOD)
+    assert not registry.has_hook("fabric_register")
+    install(site, "fabric-late", REGISTERS)
+    assert registry.resolve("strategy", "dynamic") is dict
+    assert len(offers(registry)) == 1
 
 
 def test_creation_can_be_replaced_and_wrapped(registry: Registry) -> None:

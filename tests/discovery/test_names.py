@@ -98,6 +98,13 @@ def test_the_qualified_spelling_settles_a_contest(registry: Registry, site: Plug
     assert registry.find("strategy", "fabric-bar::SAME").dist == "fabric-bar"
 
 
+def test_the_qualified_spelling_reaches_core_too(registry: Registry) -> None:
+    registry.register("strategy", "ddp", dict, override=True)
+    ref = registry.find("strategy", "fabric-core::ddp")
+    assert ref.qualified == "fabric-core::ddp"
+    assert ref.value.endswith(":DDPStrategy")
+
+
 def test_one_distribution_that_claims_a_name_twice_is_told_apart_by_import_string(
     registry: Registry, site: PluginSite
 ) -> None:

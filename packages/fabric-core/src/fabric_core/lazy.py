@@ -8,23 +8,24 @@ from typing import Any
 
 
 def name_table(
-    module: str, table: Mapping[str, str], elsewhere: Callable[[str], Any] | None = None
+    module: str, table: Mapping[str, str], *, other_distributions: bool = False
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` (PEP 562) for a module whose names are listed as ``"module:attribute"``.
 
     Args:
         module: ``__name__`` of the module.
         table: public name to target. A target without ``:`` is a module.
-        elsewhere: asked for names that are not listed, such as those of other distributions; returns ``None`` for
-            what it does not know.
+        other_distributions: look in the table of Fabric's own backends for names that are not listed, so that the
+            import works, or says what to install.
     """
 
     def load(name: str) -> Any:
         target = table.get(name)
         if target is None:
-            value = elsewhere(name) if elsewhere is not None and not name.startswith("__") else None
-            if value is not None:
-                return value
+            if other_distributions and not name.startswith("_"):
+                find = importlib.import_module("fabric_core.registry.elsewhere").class_from_elsewhere
+                if (value := find(name)) is not None:
+                    return value
             raise AttributeError(f"module {module!r} has no attribute {name!r}. It has {', '.join(sorted(table))}.")
         path, _, attribute = target.partition(":")
         found: Any = importlib.import_module(path)

@@ -10,5 +10,5 @@ _TABLE = {
     "GenericAccelerator": "fabric_core.accelerators.generic:GenericAccelerator",
     "MPSAccelerator": "fabric_core.accelerators.mps:MPSAccelerator",
 }
-__getattr__, __dir__ = name_table(__name__, _TABLE)
+__getattr__, __dir__ = name_table(__name__, _TABLE, other_distributions=True)
 __all__ = sorted(_TABLE)

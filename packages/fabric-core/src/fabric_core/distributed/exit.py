@@ -48,6 +48,16 @@ def run_exit_functions(limit: float | None = None, code: int = 0) -> None:
                 step()
 
 
+def leave_from_hook(code: int, limit: float | None = None) -> None:
+    """From an exception hook, end this process now, unless another hook has called it and still has work to do.
+
+    Finalising an interpreter that has loaded torch takes up to a second, which a failed job does not have.
+    """
+    if sys._getframe(1).f_back is None:
+        run_exit_functions(limit, code)
+        end_process(code)
+
+
 def protect_exit() -> None:
     """From now on, a normal end of this process leaves its process group first and then waits for gloo's threads.
 

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Final
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.launcher import Launcher
-from fabric_core.distributed.exit import end_process, leave_cleanly
+from fabric_core.distributed.exit import end_process, leave_cleanly, leave_from_hook
 from fabric_core.errors import UsageError
 from fabric_core.launchers.failure import from_exception, headline, render
 from fabric_core.launchers.processes import Crew, Placement
-from fabric_core.launchers.supervisor import INTERRUPT_PATIENCE, Outcome
+from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT, INTERRUPT_PATIENCE, Outcome
 
 _EXCEPTION_LIMIT: Final = 0.15
 """Seconds that the main thread has to come up with its own error after another rank failed."""
@@ -170,23 +170,14 @@ class _RankZero:
         if outcome is not None and self._is_foreign(outcome) and not isinstance(error, KeyboardInterrupt):
             if self._ending.acquire(blocking=False):
                 self._tell(outcome)
-                self._leave(outcome.exit_code)
+                leave_from_hook(outcome.exit_code, CLEAN_UP_LIMIT)
                 raise SystemExit(outcome.exit_code)  # from a hook, this becomes the exit of the process
             time.sleep(_VERDICT_LIMIT)  # the thread was faster and is ending this process
         self._restore_hook()
         if not isinstance(error, KeyboardInterrupt):
             sys.stderr.write(headline(failure) + "\n")
         self._previous_hook(kind, error, trace)
-        self._leave(failure.exit_code)
-
-    def _leave(self, code: int) -> None:
-        """End this process now, unless another hook has called this one and is still to do its own work.
-
-        Finalising an interpreter that has loaded torch takes up to a second, which a failed job does not have.
-        """
-        if sys._getframe(2).f_back is None:
-            run_exit_functions(CLEAN_UP_LIMIT, code)
-            end_process(code)
+        leave_from_hook(failure.exit_code)
 
     def _restore_hook(self) -> None:
         if sys.excepthook == self._hook:  # someone else's hook on top calls this one, and this one goes on as before

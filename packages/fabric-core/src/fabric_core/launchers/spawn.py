@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.launcher import Launcher
+from fabric_core.distributed.exit import leave_from_hook
 from fabric_core.errors import InvalidArgumentError, UsageError, WorkerFailedError
 from fabric_core.launchers.failure import render
 from fabric_core.launchers.processes import Placement
@@ -154,7 +155,8 @@ def exit_with_its_code(error: WorkerFailedError) -> None:
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         previous(kind, value, trace)
         if value is mine():
-            raise SystemExit(code)  # an exit that is raised here becomes the exit of the process
+            leave_from_hook(code)
+            raise SystemExit(code)  # from a hook, this becomes the exit of the process
 
     def restore() -> None:
         if sys.excepthook is hook:

@@ -18,5 +18,5 @@ _TABLE = {
     "io": "fabric_core.plugins.io",
     "precision": "fabric_core.plugins.precision",
 }
-__getattr__, __dir__ = name_table(__name__, _TABLE)
+__getattr__, __dir__ = name_table(__name__, _TABLE, other_distributions=True)
 __all__ = sorted(_TABLE)

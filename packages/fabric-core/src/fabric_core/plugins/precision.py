@@ -10,5 +10,5 @@ _TABLE = {
     "MixedPrecision": "fabric_core.precision.mixed:MixedPrecision",
     "Precision": "fabric_core.abc.precision:Precision",
 }
-__getattr__, __dir__ = name_table(__name__, _TABLE)
+__getattr__, __dir__ = name_table(__name__, _TABLE, other_distributions=True)
 __all__ = sorted(_TABLE)

@@ -43,6 +43,21 @@ NAMES: Final[dict[str, dict[str, str]]] = {
 DEVICES: Final[dict[str, str]] = {"cuda": _CUDA, "xla": _XLA}
 """Device type, as torch names it, to the distribution that serves it."""
 
+CLASSES: Final[dict[str, tuple[str, str]]] = {
+    "BitsandbytesPrecision": (_BNB, "fabric_bnb.precision:BitsandbytesPrecision"),
+    "CUDAAccelerator": (_CUDA, "fabric_cuda.accelerator:CUDAAccelerator"),
+    "DataParallelStrategy": (_CUDA, "fabric_cuda.strategies.data_parallel:DataParallelStrategy"),
+    "DeepSpeedPrecision": (_DEEPSPEED, "fabric_deepspeed.precision:DeepSpeedPrecision"),
+    "DeepSpeedStrategy": (_DEEPSPEED, "fabric_deepspeed.strategy:DeepSpeedStrategy"),
+    "SingleDeviceXLAStrategy": (_XLA, "fabric_xla.strategies.single_device:SingleDeviceXLAStrategy"),
+    "TransformerEnginePrecision": (_CUDA, "fabric_cuda.transformer_engine:TransformerEnginePrecision"),
+    "XLAAccelerator": (_XLA, "fabric_xla.accelerator:XLAAccelerator"),
+    "XLAFSDPStrategy": (_XLA, "fabric_xla.strategies.fsdp:XLAFSDPStrategy"),
+    "XLAPrecision": (_XLA, "fabric_xla.precision:XLAPrecision"),
+    "XLAStrategy": (_XLA, "fabric_xla.strategies.xla:XLAStrategy"),
+}
+"""Classes that programs import from ``fabric_core.strategies`` and its kin, to the distribution they live in."""
+
 MIN_PLUGIN_VERSIONS: Final[dict[str, str]] = {}
 """Distribution to the oldest version that this core works with, for what was found out after a plugin's release."""
 

@@ -10,7 +10,7 @@ from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UnknownPl
 from fabric_core.registry import refusals, switches
 from fabric_core.registry.discovery import Discovery
 from fabric_core.registry.known import Known
-from fabric_core.registry.ref import GROUPS, Entry, PluginRef, check_kind, name_key
+from fabric_core.registry.ref import CORE, GROUPS, Entry, PluginRef, check_kind, dist_key, name_key
 from fabric_core.registry.runtime import Runtime
 from fabric_core.registry.table import Rules, Table, builtin_refs, distinct, judge, tabulate
 
@@ -47,18 +47,20 @@ class Lookup:
             return self._in_one_distribution(kind, name)
         if ":" in name:
             return _import_string(kind, name)
-        rules, scans = self._rules(), self._discovery.scans
-        ref = self._without_scan(kind, name, rules) or self._with_scan(kind, name, rules)
-        if ref is None:
-            late_names()
-            ref = self._runtime.find(kind, name)
-        if ref is None and rules.switches.autoload and self._discovery.scans == scans:
+        scans = self._discovery.scans
+        while True:
+            rules = self._rules()
+            ref = self._without_scan(kind, name, rules) or self._with_scan(kind, name, rules)
+            if ref is None:
+                late_names()
+                ref = self._runtime.find(kind, name)
+            if ref is not None:
+                return ref
+            if self._discovery.scans > scans or not rules.switches.autoload:
+                raise self.unknown((kind,), name)
             # The answer came from memory: something may have been installed since, as in a notebook.
             self._discovery.refresh()
-            ref = self._without_scan(kind, name, rules) or self._with_scan(kind, name, rules)
-        if ref is None:
-            raise self.unknown((kind,), name)
-        return ref
+            self._discovery.entries()
 
     def refs(self, kind: str) -> list[PluginRef]:
         """Every plugin of a kind, whatever its status: registered at run time, core's, and installed ones."""
@@ -109,13 +111,18 @@ class Lookup:
     def _in_one_distribution(self, kind: str, qualified: str) -> PluginRef:
         dist, _, name = qualified.partition("::")
         rules = self._rules()
+        builtin = self._builtin_by_key.get((kind, name_key(name)))
+        if dist_key(dist) == CORE and builtin is not None:
+            return builtin
         for refresh in (False, True):
             if refresh:
                 self._discovery.refresh()
             entries = self._discovery.entries_of(dist)
             claims = self._claims(kind, name, entries)
             if claims:
-                return _choose(kind, name, judge(kind, claims, _without_rivals(rules)))  # type: ignore[return-value]
+                chosen = _choose(kind, name, judge(kind, claims, _without_rivals(rules)))
+                assert chosen is not None, "nothing is shadowed where there are no rivals"
+                return chosen
         offered = [entry.name for entry in entries if entry.group == GROUPS[kind]]
         raise refusals.not_in_dist(kind, name, dist, offered)
 

@@ -10,5 +10,5 @@ _TABLE = {
     "SingleDeviceStrategy": "fabric_core.strategies.single_device:SingleDeviceStrategy",
     "Strategy": "fabric_core.strategies.base:Strategy",
 }
-__getattr__, __dir__ = name_table(__name__, _TABLE)
+__getattr__, __dir__ = name_table(__name__, _TABLE, other_distributions=True)
 __all__ = sorted(_TABLE)

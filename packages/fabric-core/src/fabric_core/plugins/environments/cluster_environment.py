@@ -1,0 +1,11 @@
+"""The contract under the path that programs import: a name table, without code."""
+
+from __future__ import annotations
+
+from fabric_core.lazy import name_table
+
+_TABLE = {
+    "ClusterEnvironment": "fabric_core.abc.environment:ClusterEnvironment",
+}
+__getattr__, __dir__ = name_table(__name__, _TABLE)
+__all__ = sorted(_TABLE)
