@@ -25,6 +25,7 @@ def parse_options() -> Namespace:
     add = parser.add_argument_group("where to run").add_argument
     for name in FABRIC_OPTIONS:
         add(f"--{name.replace('_', '-')}", default=SUPPRESS, help=f"see Fabric({name}=...)")
+    add("--threads", type=int, default=1, help="CPU threads per process; more only help a larger model on idle cores")
     add = parser.add_argument_group("what to learn").add_argument
     add("--data", type=Path, help="folder of text files instead of the standard library")
     add("--steps", type=int, default=600)

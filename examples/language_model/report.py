@@ -16,11 +16,11 @@ def write_losses(path: Path, train: Curve, validation: Curve) -> None:
     path.write_text(json.dumps({"train": train, "validation": validation}))
 
 
-def smooth(curve: Curve, share: float = 0.05) -> Curve:
-    """The running mean over the last ``share`` of the curve's length."""
-    width = max(1, int(len(curve) * share))
-    recent = [curve[max(0, end - width) : end] for end in range(1, len(curve) + 1)]
-    return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in recent]
+def smooth(curve: Curve, reach: int) -> Curve:
+    """The mean of each point and its neighbours, up to ``reach`` on both sides."""
+    losses = [loss for _, loss in curve]
+    windows = (losses[max(0, place - reach) : place + reach + 1] for place in range(len(losses)))
+    return [(step, sum(window) / len(window)) for (step, _), window in zip(curve, windows, strict=True)]
 
 
 def draw_losses(path: Path, train: Curve, validation: Curve) -> str:
@@ -31,12 +31,13 @@ def draw_losses(path: Path, train: Curve, validation: Curve) -> str:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(
-        *zip(*smooth(train), strict=True), color="tab:blue", label=f"training, running mean: {smooth(train)[-1][1]:.2f}"
-    )
-    last = f"validation: {validation[-1][1]:.2f} at the end"
-    axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label=last)
+    if train:
+        calm = smooth(train, reach=len(train) // 40)
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*calm, strict=True), color="tab:blue", label=f"training, smoothed: {calm[-1][1]:.2f} at the end")
+    if validation:
+        label = f"validation: {validation[-1][1]:.2f} at the end"
+        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
     axes.set(title="A byte-level GPT learns Python", xlabel="optimizer step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -34,6 +34,7 @@ Batch = tuple[Tensor, Tensor]
 def main(fabric: Fabric, options: Namespace) -> None:
     """Train from the beginning, or from a checkpoint, to the last step; then show what was learnt."""
     began = time.perf_counter()
+    torch.set_num_threads(options.threads)
     fabric.seed_everything(options.seed, verbose=False)
     config = GPTConfig(options.block_size, options.layers, options.heads, options.dim, options.dropout)
     model = GPT(config)

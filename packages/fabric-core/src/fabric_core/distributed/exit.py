@@ -48,13 +48,13 @@ def run_exit_functions(limit: float | None = None, code: int = 0) -> None:
                 step()
 
 
-def leave_from_hook(code: int, limit: float | None = None) -> None:
+def leave_from_hook(code: int) -> None:
     """From an exception hook, end this process now, unless another hook has called it and still has work to do.
 
     Finalising an interpreter that has loaded torch takes up to a second, which a failed job does not have.
     """
     if sys._getframe(1).f_back is None:
-        run_exit_functions(limit, code)
+        run_exit_functions()
         end_process(code)
 
 

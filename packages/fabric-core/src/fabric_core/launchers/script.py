@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.launcher import Launcher
-from fabric_core.distributed.exit import end_process, leave_cleanly, leave_from_hook
+from fabric_core.distributed.exit import end_process, leave_cleanly, run_exit_functions
 from fabric_core.errors import UsageError
 from fabric_core.launchers.failure import from_exception, headline, render
 from fabric_core.launchers.processes import Crew, Placement
@@ -120,6 +120,7 @@ class _RankZero:
         self._watched = threading.Event()
         self._ending = threading.Lock()
         self._previous_hook = sys.excepthook
+        self._stderr = sys.stderr  # torch wraps the hook and holds back what is written while it runs
         self._thread = threading.Thread(target=self._watch, name="fabric-supervisor", daemon=True)
 
     def protect(self) -> None:
@@ -155,7 +156,8 @@ class _RankZero:
     def _tell(self, outcome: Outcome) -> None:
         if outcome.first is not None:
             with contextlib.suppress(Exception):
-                sys.stderr.write(render(outcome.first, outcome.failures) + "\n")
+                self._stderr.write(render(outcome.first, outcome.failures) + "\n")
+                self._stderr.flush()
 
     # -- in the main thread ----------------------------------------------------------------------------------------
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -170,14 +172,14 @@ class _RankZero:
         if outcome is not None and self._is_foreign(outcome) and not isinstance(error, KeyboardInterrupt):
             if self._ending.acquire(blocking=False):
                 self._tell(outcome)
-                leave_from_hook(outcome.exit_code, CLEAN_UP_LIMIT)
-                raise SystemExit(outcome.exit_code)  # from a hook, this becomes the exit of the process
+                # Finalising an interpreter that has loaded torch takes up to a second, which a failed job does not have.
+                run_exit_functions(CLEAN_UP_LIMIT, outcome.exit_code)
+                end_process(outcome.exit_code)
             time.sleep(_VERDICT_LIMIT)  # the thread was faster and is ending this process
         self._restore_hook()
         if not isinstance(error, KeyboardInterrupt):
             sys.stderr.write(headline(failure) + "\n")
         self._previous_hook(kind, error, trace)
-        leave_from_hook(failure.exit_code)
 
     def _restore_hook(self) -> None:
         if sys.excepthook == self._hook:  # someone else's hook on top calls this one, and this one goes on as before
