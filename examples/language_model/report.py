@@ -31,13 +31,11 @@ def draw_losses(path: Path, train: Curve, validation: Curve) -> str:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    if train:
-        calm = smooth(train, reach=len(train) // 40)
-        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(*zip(*calm, strict=True), color="tab:blue", label=f"training, smoothed: {calm[-1][1]:.2f} at the end")
-    if validation:
-        label = f"validation: {validation[-1][1]:.2f} at the end"
-        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
+    calm = smooth(train, reach=len(train) // 40)
+    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(*zip(*calm, strict=True), color="tab:blue", label=f"training, smoothed: {calm[-1][1]:.2f} at the end")
+    label = f"validation: {validation[-1][1]:.2f} at the end"
+    axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
     axes.set(title="A byte-level GPT learns Python", xlabel="optimizer step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)
     axes.legend()

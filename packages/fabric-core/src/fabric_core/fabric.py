@@ -12,7 +12,7 @@ from fabric_core.facade.processes import Processes, call_run
 from fabric_core.facade.setting_up import SettingUp
 from fabric_core.facade.stepping import Stepping
 from fabric_core.registry import get_registry
-from fabric_core.resolve.plan import resolve
+from fabric_core.resolve.pipeline import resolve
 from fabric_core.seeding import seed_everything as _seed_everything
 
 if TYPE_CHECKING:

@@ -89,8 +89,7 @@ class MappedCheckpoint(OpenCheckpoint):
         elif window.is_contiguous() and destination.is_contiguous():
             self._read_in_chunks(window.view(-1), destination.view(-1))
         else:
-            span = 1 + sum((size - 1) * step for size, step in zip(window.size(), window.stride(), strict=True))
-            buffer = torch.empty(span, dtype=window.dtype)
+            buffer = torch.empty(span(window), dtype=window.dtype)
             self._reader.read(window.data_ptr(), buffer.data_ptr(), buffer.nbytes)
             destination.copy_(buffer.as_strided(window.size(), window.stride()))
 
@@ -190,6 +189,13 @@ def is_plain_tensor(tensor: Any) -> bool:
         and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         and not tensor.__dict__
     )
+
+
+def span(tensor: Tensor) -> int:
+    """How many elements lie between the tensor's first and last one in memory, both included."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.size(), tensor.stride(), strict=True))
 
 
 def is_dense(tensor: Tensor) -> bool:

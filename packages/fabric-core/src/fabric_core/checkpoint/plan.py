@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor
+from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor, span
 from fabric_core.errors import CheckpointError, CheckpointKeyError
 
 
@@ -25,9 +26,8 @@ class Transfer:
 
     def memory(self) -> tuple[str, int, int]:
         """Device, first byte and end of the live memory."""
-        span = 1 + sum((size - 1) * step for size, step in zip(self.live.size(), self.live.stride(), strict=True))
         start = self.live.data_ptr()
-        return str(self.live.device), start, start + span * self.live.element_size()
+        return str(self.live.device), start, start + span(self.live) * self.live.element_size()
 
     def same_as(self, other: Transfer) -> bool:
         """Whether both bring the same bytes of the file to the same place."""
@@ -43,7 +43,7 @@ class Plan:
     def carry_out(self, source: OpenCheckpoint) -> None:
         """Read the file into live memory, and put the live tensors in the content in place of the windows."""
         for group in _by_memory(self.transfers):
-            if not all(group[0].same_as(other) for other in group):
+            if not all(group[0].same_as(other) for other in group[1:]):
                 continue  # tensors that overlap and differ: which one wins is for the object's own loading to say
             source.read_into(group[0].window, group[0].live)
             for transfer in group:
@@ -188,8 +188,7 @@ def _by_memory(transfers: list[Transfer]) -> Iterator[list[Transfer]]:
     """Transfers in groups whose live memory overlaps; most groups have one member."""
     group: list[Transfer] = []
     device, end = "", 0
-    for transfer in sorted(transfers, key=Transfer.memory):
-        where, first, last = transfer.memory()
+    for (where, first, last), transfer in sorted(((t.memory(), t) for t in transfers), key=itemgetter(0)):
         if group and (where != device or first >= end):
             yield group
             group = []

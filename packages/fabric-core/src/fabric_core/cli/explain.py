@@ -18,7 +18,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def explain(as_json: bool, **options: Any) -> None:
     """Show the plan that these options and the environment lead to, with the origin and reason of every value."""
-    from fabric_core.resolve.plan import resolve
+    from fabric_core.resolve.pipeline import resolve
 
     plan = resolve({name: value for name, value in options.items() if value is not None})
     sys.stdout.write((json.dumps(plan.as_dict(), indent=2) if as_json else plan.explain()) + "\n")

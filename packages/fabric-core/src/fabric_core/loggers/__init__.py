@@ -8,4 +8,4 @@ _TABLE = {
     "Logger": "fabric_core.abc.logger:Logger",
 }
 __getattr__, __dir__ = name_table(__name__, _TABLE)
-__all__ = sorted(_TABLE)  # noqa: PLE0605
+__all__ = sorted(_TABLE)

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -16,9 +16,6 @@ from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
 from fabric_core.collections import apply_to_collection
 from fabric_core.errors import UsageError
-
-if TYPE_CHECKING:
-    from fabric_core.wrappers.module import FabricModule
 
 
 def make_forward(module: nn.Module, strategy: Strategy) -> Callable[..., Any]:
@@ -104,9 +101,8 @@ def _check_backward(grad: Tensor) -> None:
         )
 
 
-def redirected_method(wrapper: FabricModule, name: str) -> Callable[..., Any]:
-    """``name`` of the user's module, run as if it were its forward: through the precision and the strategy."""
-    original: nn.Module = wrapper.module
+def redirected_method(original: nn.Module, name: str, call_wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """``name`` of the user's module, run as if it were its forward: ``call_wrapper`` leads to it and back."""
     method = getattr(original, name)
 
     @functools.wraps(method)
@@ -127,7 +123,7 @@ def redirected_method(wrapper: FabricModule, name: str) -> Callable[..., Any]:
 
         attributes["forward"] = forward_once
         try:
-            return wrapper(*args, **kwargs)
+            return call_wrapper(*args, **kwargs)
         finally:
             restore()
 

@@ -128,7 +128,7 @@ class FabricModule(nn.Module):
         if original is None:  # while unpickling
             raise AttributeError(name)
         if name in own["_forward_methods"] and hasattr(original, name):
-            return redirected_method(self, name)
+            return redirected_method(original, name, self)
         if name == "_forward_module":
             return own["_modules"][name]
         value = getattr(original, name)

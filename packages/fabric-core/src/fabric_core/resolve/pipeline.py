@@ -1,0 +1,65 @@
+"""From arguments to a plan: the steps, in the order in which one needs the result of another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fabric_core.abc.choosing import ResolveContext
+from fabric_core.registry import Registry, get_registry
+from fabric_core.resolve.accelerator import choose_accelerator
+from fabric_core.resolve.choice import Choice
+from fabric_core.resolve.compatibility import check_plan
+from fabric_core.resolve.devices import choose_devices, choose_num_nodes
+from fabric_core.resolve.environment import choose_environment
+from fabric_core.resolve.objects import Objects, collect_objects
+from fabric_core.resolve.plan import Plan
+from fabric_core.resolve.precision import choose_precision
+from fabric_core.resolve.request import DEFAULTS, Request
+from fabric_core.resolve.strategy import choose_strategy
+
+if TYPE_CHECKING:
+    from fabric_core.abc.checkpoint import CheckpointIO
+
+
+def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, registry: Registry | None = None) -> Plan:
+    """Decide everything, from arguments, environment and installed plugins. Touches no device.
+
+    Args:
+        arguments: by the names of ``Fabric(...)``; those left out have their default.
+        plugins: the ``plugins`` argument.
+        registry: where names are looked up; the process-wide one if not given.
+
+    Raises:
+        FabricError: whatever cannot work, in one message that names both origins of a conflict.
+    """
+    registry = registry or get_registry()
+    request = Request.gather({**DEFAULTS, **(arguments or {})}, plugins)
+    objects = collect_objects(request)
+    num_nodes = choose_num_nodes(request)
+    known: dict[str, Any] = {
+        "num_nodes": num_nodes.value,
+        "interactive": request.interactive,
+        "requested": {name: getattr(request, name).value for name in DEFAULTS},
+    }
+    environment = choose_environment(objects, registry, ResolveContext(**known))
+    known["environment"] = environment.name
+    accelerator = choose_accelerator(request, objects, registry, ResolveContext(**known))
+    known["accelerator"] = accelerator.name
+    devices = choose_devices(request, objects, accelerator.value, environment.value)
+    known["num_devices"] = len(devices.value)
+    strategy = choose_strategy(request, registry, ResolveContext(**known))
+    known["strategy"] = strategy.name
+    device_type = accelerator.value.device_type()
+    precision = choose_precision(request, objects, strategy.value, device_type, registry, ResolveContext(**known))
+    plan = Plan(
+        environment, accelerator, devices, num_nodes, strategy, precision, _checkpoint_io(objects), request.interactive
+    )
+    check_plan(plan, registry)
+    if strategy.value.multiple_devices:
+        environment.value.validate_settings(len(devices.value), num_nodes.value)
+    return plan
+
+
+def _checkpoint_io(objects: Objects) -> Choice[CheckpointIO] | None:
+    given = objects.checkpoint_io
+    return None if given is None else Choice(given.value, type(given.value).__name__, given.origin)
