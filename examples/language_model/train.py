@@ -71,7 +71,7 @@ def dataloaders(fabric: Fabric, options: Namespace, step: int) -> list[DataLoade
     windows, unseen = Windows(train_text, options.block_size), Windows(validation_text, options.block_size)
     order = TrainingOrder(len(windows), options.seed, step * options.batch_size, options.steps * options.batch_size)
     some = spread(unseen, options.eval_batches * options.batch_size)
-    fabric.print(f"{len(train_text) / 1e6:.1f} MB of text, {len(windows):,} windows of {options.block_size} bytes")
+    fabric.print(f"{len(train_text) / 1e6:.1f} MB of text as {len(windows):,} windows; processes: {fabric.world_size}")
     return fabric.setup_dataloaders(
         DataLoader(windows, batch_size=options.batch_size // parts, sampler=order),
         DataLoader(some, batch_size=options.batch_size // fabric.world_size),

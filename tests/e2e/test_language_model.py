@@ -135,5 +135,6 @@ def test_two_processes_do_the_work_of_one(launch: str, tmp_path: Path, text: Pat
     program, options = LAUNCHES[launch]
     program = tuple(free_port() if word == "PORT" else word for word in program)
     two = train(tmp_path, text, *options, program=program)
+    assert "processes: 2\n" in two.output
     for name in ("train", "validation"):
         assert two.curve(name) == pytest.approx(one_process.curve(name), abs=SPREAD)
