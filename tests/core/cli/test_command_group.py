@@ -111,6 +111,3 @@ def test_completing_a_command_or_a_plugin_imports_neither(
     done = fabric(_FABRIC_COMPLETE="bash_complete", **place)
     assert f"plain,{offered}" in done.stdout.splitlines()
 
-
-def test_help_takes_at_most_a_fifth_of_a_second(cpu_seconds: Callable[..., float]) -> None:
-    assert cpu_seconds("--help") <= 0.2
