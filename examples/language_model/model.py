@@ -34,13 +34,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(batch, time, dim)`` to the same shape."""
+        """Map ``(batch, time, dim)`` to the same shape; inside, ``(batch, heads, time, dim / heads)``."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        y = functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True
-        )  # (batch, heads, time, dim / heads)
-        return self.out(y.transpose(1, 2).flatten(-2))
+        y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(-2))
+        return out
 
 
 class Block(nn.Module):
@@ -59,7 +58,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, time, dim)`` to the same shape."""
         x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
 
 
 class GPT(nn.Module):

@@ -20,13 +20,14 @@ from model import GPT, GPTConfig
 from options import fabric_options, parse_options
 from progress import progress
 from report import draw_losses, write_losses
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from fabric_core import Fabric
+from fabric_core.wrappers import FabricModule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -72,10 +73,11 @@ def dataloaders(fabric: Fabric, options: Namespace, step: int) -> list[DataLoade
     order = TrainingOrder(len(windows), options.seed, step * options.batch_size, options.steps * options.batch_size)
     some = spread(unseen, options.eval_batches * options.batch_size)
     fabric.print(f"{len(train_text) / 1e6:.1f} MB of text as {len(windows):,} windows; processes: {fabric.world_size}")
-    return fabric.setup_dataloaders(
+    loaders: list[DataLoader[Batch]] = fabric.setup_dataloaders(
         DataLoader(windows, batch_size=options.batch_size // parts, sampler=order),
         DataLoader(some, batch_size=options.batch_size // fabric.world_size),
     )
+    return loaders
 
 
 def train(
@@ -106,7 +108,7 @@ def train(
             display.note(validate(fabric, state, validation))
 
 
-def training_step(fabric: Fabric, model: nn.Module, optimizer: Optimizer, parts: list[Batch]) -> float:
+def training_step(fabric: Fabric, model: FabricModule, optimizer: Optimizer, parts: list[Batch]) -> float:
     """Make one update from this process's parts of the global batch; return the mean loss over all of it."""
     mean = torch.zeros((), device=fabric.device)
     for number, part in enumerate(parts, start=1):
@@ -117,7 +119,7 @@ def training_step(fabric: Fabric, model: nn.Module, optimizer: Optimizer, parts:
     fabric.clip_gradients(model, optimizer, max_norm=1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return fabric.all_reduce(mean, reduce_op="mean").item()
+    return float(fabric.all_reduce(mean, reduce_op="mean"))
 
 
 @torch.no_grad()
@@ -127,18 +129,18 @@ def validate(fabric: Fabric, state: dict[str, Any], validation: DataLoader[Batch
     model.eval()
     losses = torch.stack([next_byte_loss(model, batch) for batch in validation])
     model.train()
-    loss = fabric.all_reduce(losses.mean(), reduce_op="mean").item()
+    loss = float(fabric.all_reduce(losses.mean(), reduce_op="mean"))
     state["validation"].append((state["step"], loss))
     return f"after {state['step']:,} steps: validation loss {loss:.3f}"
 
 
-def next_byte_loss(model: nn.Module, batch: Batch) -> Tensor:
+def next_byte_loss(model: FabricModule, batch: Batch) -> Tensor:
     """Cross-entropy in nats per byte."""
     inputs, targets = batch
     return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
-def sample(fabric: Fabric, model: nn.Module, seed: int, prompt: str = "def ", count: int = 400) -> str:
+def sample(fabric: Fabric, model: FabricModule, seed: int, prompt: str = "def ", count: int = 400) -> str:
     """Let the model go on after ``prompt``; every process must call this, and all get the same text."""
     torch.manual_seed(seed)
     model.eval()

@@ -6,7 +6,7 @@ import pytest
 
 from fabric_core.errors import IncompatiblePluginError
 from fabric_core.registry import Registry
-from fabric_core.registry.fingerprint import check_fingerprints
+from fabric_core.registry.fingerprint import check_same
 from plugin_site import PluginSite
 
 
@@ -15,7 +15,7 @@ def test_equal_installations_have_equal_fingerprints(registry: Registry, site: P
     refs = [registry.find("strategy", name) for name in ("foo", "ddp", "collections:OrderedDict")]
     prints = registry.fingerprint(refs)
     assert prints == Registry().fingerprint(refs)
-    check_fingerprints([prints, prints])
+    check_same(1, prints, prints)
     assert hash(prints)
 
 
@@ -26,11 +26,11 @@ def test_another_version_on_another_rank_is_named(registry: Registry, site: Plug
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fabric-foo\nVersion: 1.1\n")
     registry.refresh()
     with pytest.raises(IncompatiblePluginError, match=r"rank 2 has .*fabric-foo 1\.1.*, rank 0 has .*fabric-foo 1\.0"):
-        check_fingerprints([first, first, registry.fingerprint(refs)])
+        check_same(2, registry.fingerprint(refs), first)
 
 
 def test_a_plugin_absent_on_one_rank_is_named(registry: Registry, site: PluginSite) -> None:
     site.strategy("fabric-foo", "foo")
     refs = [registry.find("strategy", "foo")]
     with pytest.raises(IncompatiblePluginError, match="rank 1 has strategy 'foo' not installed"):
-        check_fingerprints([registry.fingerprint(refs), Registry(entry_points=[]).fingerprint(refs)])
+        check_same(1, Registry(entry_points=[]).fingerprint(refs), registry.fingerprint(refs))

@@ -96,11 +96,11 @@ def test_exit_functions_and_threads_finish_before_a_worker_ends(programs):
 def test_the_first_failure_ends_the_job_and_gives_its_exit_code(programs, statement, code, text):
     script = programs.write(
         f"""
-        import os, signal, sys, time
+        import os, pathlib, signal, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.environ["RANK"] == "1":
             time.sleep(0.3)
-            open("failed", "w").write(str(time.time()))
+            pathlib.Path("failed").write_text(str(time.time()))
             {statement}
         time.sleep(60)
         """

@@ -13,8 +13,9 @@ import os
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from fabric_core.checkpoint.tree import SAFE_LEAVES, leaves
 from fabric_core.errors import CheckpointError
 
 _CHUNK: Final = 16 * 2**20  # bytes; what passes through a buffer on its way to another dtype or device
+_WORTH_THREADS: Final = 32 * 2**20  # bytes
+T = TypeVar("T")
 
 
 class OpenCheckpoint:
@@ -106,23 +109,28 @@ class MappedCheckpoint(OpenCheckpoint):
     @torch.no_grad()
     def own(self, tree: Any) -> None:
         """Give all tensors in ``tree`` memory of their own, in place; those that shared some, share it again."""
-        for _, leaf in leaves(tree, ""):
-            if isinstance(leaf, Tensor) and self._windows.pop(id(leaf), None) is not None:
-                storage = self._owned_storage(leaf.untyped_storage())
-                leaf.set_(storage, leaf.storage_offset(), leaf.size(), leaf.stride())
+        windows = [leaf for _, leaf in leaves(tree, "") if id(leaf) in self._windows]
+        mapped = {storage.data_ptr(): storage for storage in (leaf.untyped_storage() for leaf in windows)}
+        pairs = [
+            (storage, torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage())
+            for address, storage in mapped.items()
+            if address not in self._owned
+        ]
+        in_parallel(self._read_storage, pairs, sum(storage.nbytes() for storage, _ in pairs))
+        owned = self._owned | {storage.data_ptr(): own for storage, own in pairs}
+        # What is remembered is not freed before the end, so only what a tensor elsewhere may share.
+        self._owned = {address: own for address, own in owned.items() if self._users[address] > 1}
+        for leaf in windows:
+            storage = owned[leaf.untyped_storage().data_ptr()]
+            leaf.set_(storage, leaf.storage_offset(), leaf.size(), leaf.stride())
+            del self._windows[id(leaf)]
 
-    def _owned_storage(self, mapped: torch.UntypedStorage) -> torch.UntypedStorage:
-        address = mapped.data_ptr()
-        if address in self._owned:
-            return self._owned[address]
-        storage = torch.empty(mapped.nbytes(), dtype=torch.uint8).untyped_storage()
+    def _read_storage(self, pair: tuple[torch.UntypedStorage, torch.UntypedStorage]) -> None:
+        mapped, own = pair
         if self._reader is None:
-            storage.copy_(mapped, non_blocking=False)
+            own.copy_(mapped, non_blocking=False)
         else:
-            self._reader.read(address, storage.data_ptr(), mapped.nbytes())
-        if self._users[address] > 1:  # only then: what is kept here is not freed before the end
-            self._owned[address] = storage
-        return storage
+            self._reader.read(mapped.data_ptr(), own.data_ptr(), mapped.nbytes())
 
     def close(self) -> None:
         """Windows that remain must not be used any more."""
@@ -157,6 +165,18 @@ class FileReader:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+def in_parallel(action: Callable[[T], None], items: Sequence[T], size: int) -> None:
+    """Run ``action`` on all items: on a few threads if there are enough bytes to move for that to pay."""
+    workers = min(4, torch.get_num_threads(), len(items))
+    if workers < 2 or size < _WORTH_THREADS:
+        for item in items:
+            action(item)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="checkpoint-reader") as pool:
+        for _ in pool.map(action, items):
+            pass
 
 
 def open_mapped(path: str) -> MappedCheckpoint | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor, span
+from fabric_core.checkpoint.lazy import OpenCheckpoint, in_parallel, is_plain_tensor, span
 from fabric_core.errors import CheckpointError, CheckpointKeyError
 
 
@@ -42,10 +42,11 @@ class Plan:
 
     def carry_out(self, source: OpenCheckpoint) -> None:
         """Read the file into live memory, and put the live tensors in the content in place of the windows."""
-        for group in _by_memory(self.transfers):
-            if not all(group[0].same_as(other) for other in group[1:]):
-                continue  # tensors that overlap and differ: which one wins is for the object's own loading to say
-            source.read_into(group[0].window, group[0].live)
+        # Of tensors that overlap and differ, which one wins is for the object's own loading to say.
+        groups = [group for group in _by_memory(self.transfers) if all(group[0].same_as(other) for other in group[1:])]
+        size = sum(group[0].window.nbytes for group in groups)
+        in_parallel(lambda group: source.read_into(group[0].window, group[0].live), groups, size)
+        for group in groups:
             for transfer in group:
                 transfer.holder[transfer.key] = transfer.live
 

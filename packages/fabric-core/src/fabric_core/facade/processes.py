@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from fabric_core.errors import InvalidTypeError, PluginError
+from fabric_core.errors import InvalidTypeError
 from fabric_core.facade.base import FabricBase
+from fabric_core.registry.fingerprint import check_same
 
 
 class Processes(FabricBase):
@@ -58,15 +59,8 @@ class Processes(FabricBase):
 
     def _check_same_plan(self) -> None:
         """Every rank resolved the names by itself: the same plugins in the same versions must have come out."""
-        mine = self._plan.fingerprint()
-        first = self._strategy.broadcast(mine, 0)
-        different = [name for name in mine if mine[name] != first.get(name)]
-        if different:
-            listing = "; ".join(f"{n}: {mine[n]} here, {first.get(n, 'nothing')} on rank 0" for n in different)
-            raise PluginError(
-                f"Rank {self.global_rank} resolved other plugins than rank 0: {listing}. Install the same versions "
-                "everywhere."
-            )
+        mine = self._plan.fingerprint(self._registry)
+        check_same(self.global_rank, mine, self._strategy.broadcast(mine, 0))
 
     def teardown(self) -> None:
         """Release devices and finish what is written in the background. Every rank calls it, after its last step."""

@@ -105,9 +105,9 @@ class SpawnLauncher(Launcher):
             for process in processes:
                 process.join()
         if outcome.first is not None:
-            error = WorkerFailedError(render(outcome.first, outcome.failures), outcome.exit_code)
-            exit_with_its_code(error)
-            raise error
+            raise exiting_with_its_code(
+                WorkerFailedError(render(outcome.first, outcome.failures), outcome.exit_code)
+            )
 
     def _start(self, folder: Path, package: Package, supervisor: Supervisor) -> list[BaseProcess]:
         context: Any = multiprocessing.get_context(self.start_method)
@@ -143,10 +143,11 @@ class SpawnLauncher(Launcher):
         return Task(place, str(folder), self.start_method, parent, by_signal, state)
 
 
-def exit_with_its_code(error: WorkerFailedError) -> None:
-    """Should nobody catch ``error``, end this process with its exit code instead of 1.
+def exiting_with_its_code(error: WorkerFailedError) -> WorkerFailedError:
+    """The same error; should nobody catch it, this process ends with its exit code instead of 1.
 
-    ``sys.excepthook`` is replaced for as long as the error exists.
+    ``sys.excepthook`` is replaced for as long as the error exists, so no variable of a frame in its traceback may hold
+    it.
     """
     previous = sys.excepthook
     code = error.exit_code
@@ -164,6 +165,7 @@ def exit_with_its_code(error: WorkerFailedError) -> None:
 
     sys.excepthook = hook
     weakref.finalize(error, restore).atexit = False
+    return error
 
 
 def _supervised(process: BaseProcess, task: Task) -> Worker:

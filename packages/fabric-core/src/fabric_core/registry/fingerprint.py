@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from fabric_core.errors import IncompatiblePluginError
 from fabric_core.registry.contract import CORE_VERSION
@@ -15,14 +16,14 @@ def fingerprint(refs: Iterable[PluginRef], discovery: Discovery) -> tuple[str, .
     return (f"{CORE} {CORE_VERSION}", *(_line(ref, discovery) for ref in refs))
 
 
-def check_fingerprints(by_rank: Sequence[tuple[str, ...]]) -> None:
-    """``IncompatiblePluginError`` naming the rank, the distribution and the versions if a rank differs from rank 0."""
-    for rank, lines in enumerate(by_rank):
-        for here, first in zip(lines, by_rank[0], strict=True):
-            if here != first:
-                raise IncompatiblePluginError(
-                    f"rank {rank} has {here}, rank 0 has {first}: install the same versions on every machine."
-                )
+def check_same(rank: int, here: Sequence[str], first: Sequence[str]) -> None:
+    """``IncompatiblePluginError`` naming rank, distribution and versions if ``here`` is not rank 0's fingerprint."""
+    for mine, other in zip_longest(here, first, fillvalue="nothing"):
+        if mine != other:
+            raise IncompatiblePluginError(
+                f"rank {rank} has {mine}, rank 0 has {other}: give the same arguments and install the same versions "
+                "on every machine."
+            )
 
 
 def _line(ref: PluginRef, discovery: Discovery) -> str:

@@ -11,7 +11,7 @@ from fabric_core.rank_zero import rank_zero_info
 from fabric_core.registry import Registry
 from fabric_core.registry.known import device_hint
 from fabric_core.resolve.candidates import collect_candidates, pick
-from fabric_core.resolve.choice import Choice, plugin_text
+from fabric_core.resolve.choice import Choice
 from fabric_core.resolve.objects import Objects
 from fabric_core.resolve.request import Request
 
@@ -57,7 +57,7 @@ def _named(name: str, origin: str, registry: Registry, ctx: ResolveContext) -> C
             raise
         return _by_alias(name, offers, origin, registry, ctx)
     value: Accelerator = registry.create("accelerator", ref)
-    return Choice(_available(value, registry, ctx), ref.name, origin, "", plugin_text(ref))
+    return Choice(_available(value, registry, ctx), ref.name, origin, "", ref)
 
 
 def _by_alias(
@@ -81,7 +81,7 @@ def _best(registry: Registry, ctx: ResolveContext, origin: str) -> Choice[Accele
 
 def _create(offer: Candidate, origin: str, reason: str, registry: Registry) -> Choice[Accelerator]:
     ref = registry.find("accelerator", offer.name)
-    return Choice(registry.create("accelerator", ref), offer.name, origin, reason, plugin_text(ref))
+    return Choice(registry.create("accelerator", ref), offer.name, origin, reason, ref)
 
 
 def _from_devices(devices: Any, origin: str, registry: Registry, ctx: ResolveContext) -> Choice[Accelerator]:

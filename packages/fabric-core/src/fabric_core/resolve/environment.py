@@ -6,7 +6,7 @@ from fabric_core.abc.choosing import ResolveContext
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.registry import Registry
 from fabric_core.resolve.candidates import collect_candidates, pick
-from fabric_core.resolve.choice import Choice, plugin_text
+from fabric_core.resolve.choice import Choice
 from fabric_core.resolve.objects import Objects
 
 
@@ -18,4 +18,4 @@ def choose_environment(objects: Objects, registry: Registry, ctx: ResolveContext
     offers = collect_candidates(registry, "fabric_environment_candidates", ctx)
     best = pick([offer for offer in offers if offer.available], "cluster environment")
     ref = registry.find("environment", best.name)
-    return Choice(registry.create("environment", ref), best.name, "auto", best.reason, plugin_text(ref))
+    return Choice(registry.create("environment", ref), best.name, "auto", best.reason, ref)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fabric_core.abc.environment import ClusterEnvironment
     from fabric_core.abc.precision import Precision
     from fabric_core.abc.strategy import Strategy
+    from fabric_core.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,11 @@ class Plan:
             for row in rows
         )
 
-    def fingerprint(self) -> dict[str, str]:
-        """What must be the same on every rank: names and the plugins, with versions, that stand behind them."""
-        return {
-            name: f"{c.name} from {c.plugin or 'an object in code'}"
-            for name, c in self.choices().items()
-            if name not in ("devices", "environment")
-        }
+    def fingerprint(self, registry: Registry) -> tuple[str, ...]:
+        """What must be the same on every rank: the names, and the plugins and versions that stand behind them here."""
+        shared = [(name, c) for name, c in self.choices().items() if name not in ("devices", "environment")]
+        names = (f"{name}={c.name}" for name, c in shared)
+        return (*names, *registry.fingerprint(c.ref for _, c in shared if c.ref is not None))
 
     def build(self) -> Strategy:
         """Connect the parts and return the strategy, ready to launch."""

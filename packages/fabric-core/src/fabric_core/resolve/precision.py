@@ -45,7 +45,7 @@ def choose_precision(
             f"precision={name!r} ({plugin_text(ref)}) made a {type(value).__name__}, which is no "
             "fabric_core.abc.Precision. This is a defect of that plugin."
         )
-    return Choice(value, name, origin, reason, plugin_text(ref))
+    return Choice(value, name, origin, reason, ref)
 
 
 def _name(request: Request, registry: Registry, ctx: ResolveContext) -> tuple[str, str, str]:

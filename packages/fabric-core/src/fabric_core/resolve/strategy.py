@@ -48,7 +48,7 @@ def choose_strategy(request: Request, registry: Registry, ctx: ResolveContext) -
         )
         name, reason = substitute, f"{name!r} does not run on {ctx.accelerator}"
     ref = registry.find("strategy", name)
-    return Choice(_create(registry, ref), ref.name, origin, reason, plugin_text(ref))
+    return Choice(_create(registry, ref), ref.name, origin, reason, ref)
 
 
 def _create(registry: Registry, ref: Any) -> Strategy:
