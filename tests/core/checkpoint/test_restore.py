@@ -475,3 +475,21 @@ def test_a_checkpoint_of_lightning_fabric_loads():
     assert optimizer.param_groups[0]["lr"] == 0.01
     module.train()
     torch.testing.assert_close(module(torch.eye(3)).detach(), rest["probe"])
+
+
+def test_one_tensor_in_two_places_stays_one(io, path):
+    tensor = torch.arange(3)
+    torch.save({"list": [tensor, tensor], "n": 1}, path)
+    first, second = restore(io, path, {"n": 0})["list"]
+    assert first is second
+    assert first.tolist() == [0, 1, 2]
+
+
+def test_a_large_state_is_read_by_several_threads_to_the_same_result(path):
+    module, rest = nn.Linear(2048, 2048), torch.randn(2048, 2048)
+    parts = nn.ModuleList([module, nn.Linear(2048, 1024)])
+    save(path, parts=parts, rest=rest, more=rest * 2)
+    other = nn.ModuleList([nn.Linear(2048, 2048), nn.Linear(2048, 1024)])
+    remainder = restore(TorchCheckpointIO(), path, {"parts": other})
+    assert same(other.state_dict(), parts.state_dict())
+    assert same(remainder, {"rest": rest, "more": rest * 2})

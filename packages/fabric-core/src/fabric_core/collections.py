@@ -248,11 +248,12 @@ def _move_children(data: Any, move: Visit) -> Any:
     return result if changed else data
 
 
-def convert_to_tensors(data: Any, device: Device) -> Any:
+def convert_to_tensors(data: Any, device: Device, contiguous: bool = True) -> Any:
     """``data`` with numbers and numpy arrays as tensors, all of them and the tensors in it contiguous on ``device``.
 
     Dtypes: bool becomes uint8, which every communication library can reduce; int becomes int64, float torch's default
-    dtype, and numpy values keep theirs. A number becomes a tensor without dimensions.
+    dtype, and numpy values keep theirs. A number becomes a tensor without dimensions. With ``contiguous=False`` tensors
+    on the device stay the objects they are, whatever their strides.
     """
     device = torch.device(device)
     numpy = sys.modules.get("numpy")  # data can hold its arrays only if the program has imported it
@@ -260,7 +261,8 @@ def convert_to_tensors(data: Any, device: Device) -> Any:
 
     def convert(value: Any) -> Tensor:
         if isinstance(value, Tensor):
-            return value.to(device).contiguous()
+            value = value.to(device)
+            return value.contiguous() if contiguous else value
         if arrays and isinstance(value, arrays):
             tensor = torch.as_tensor(value, device=device).contiguous()
             return tensor.to(torch.uint8) if tensor.dtype is torch.bool and not value.ndim else tensor

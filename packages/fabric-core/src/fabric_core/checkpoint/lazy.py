@@ -109,8 +109,8 @@ class MappedCheckpoint(OpenCheckpoint):
     @torch.no_grad()
     def own(self, tree: Any) -> None:
         """Give all tensors in ``tree`` memory of their own, in place; those that shared some, share it again."""
-        windows = [leaf for _, leaf in leaves(tree, "") if id(leaf) in self._windows]
-        mapped = {storage.data_ptr(): storage for storage in (leaf.untyped_storage() for leaf in windows)}
+        windows = {id(leaf): leaf for _, leaf in leaves(tree, "") if id(leaf) in self._windows}
+        mapped = {storage.data_ptr(): storage for storage in (leaf.untyped_storage() for leaf in windows.values())}
         pairs = [
             (storage, torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage())
             for address, storage in mapped.items()
@@ -120,10 +120,10 @@ class MappedCheckpoint(OpenCheckpoint):
         owned = self._owned | {storage.data_ptr(): own for storage, own in pairs}
         # What is remembered is not freed before the end, so only what a tensor elsewhere may share.
         self._owned = {address: own for address, own in owned.items() if self._users[address] > 1}
-        for leaf in windows:
+        for id_, leaf in windows.items():
             storage = owned[leaf.untyped_storage().data_ptr()]
             leaf.set_(storage, leaf.storage_offset(), leaf.size(), leaf.stride())
-            del self._windows[id(leaf)]
+            del self._windows[id_]
 
     def _read_storage(self, pair: tuple[torch.UntypedStorage, torch.UntypedStorage]) -> None:
         mapped, own = pair

@@ -111,8 +111,10 @@ class _Restoration:
             if is_stateful(state[key]):
                 self.put(state[key], value, plans.pop(key))
             else:
-                state[key] = self.owned(value)
-        return {key: self.owned(value) for key, value in rest.items()}
+                self.source.own([value])  # a bare tensor is in no container, hence the list
+                state[key] = value
+        self.source.own(rest)
+        return rest
 
     def plan(self, target: Any, saved: Any, name: str) -> Plan:
         """What goes straight to live memory. Raises if ``saved`` cannot be loaded."""
@@ -132,11 +134,6 @@ class _Restoration:
             self.load_optimizer(target, saved)
         else:
             target.load_state_dict(saved)
-
-    def owned(self, value: Any) -> Any:
-        """The value, with memory of its own. A bare tensor is in no container, hence the list."""
-        self.source.own([value])
-        return value
 
 
 @contextmanager

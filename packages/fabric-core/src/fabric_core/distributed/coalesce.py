@@ -33,13 +33,19 @@ def gather_nested(data: Any, gather: TensorCollective) -> Any:
 def reduce_nested(data: Any, reduce: TensorCollective) -> Any:
     """``data`` with every tensor reduced in place; the tensors keep their identity."""
 
+    def alone(tensor: Tensor) -> Any:
+        if tensor.is_sparse or tensor.is_contiguous():
+            return reduce(tensor)
+        tensor.detach().copy_(reduce(tensor.detach().contiguous()))
+        return tensor
+
     def together(group: list[Tensor]) -> list[Tensor]:
         flat = reduce(torch.cat([t.detach().reshape(-1) for t in group]))
         for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.detach().copy_(part.view(tensor.shape))
         return group
 
-    return _map_groups(data, reduce, together)
+    return _map_groups(data, alone, together)
 
 
 def _map_groups(data: Any, one: TensorCollective, together: Callable[[list[Tensor]], list[Tensor]]) -> Any:

@@ -41,9 +41,9 @@ class Checkpoints(FabricBase):
         self._require_launch("save")
         if filter is not None:
             validate_filter(state, filter)
-        self._notify("fabric_on_save", path=path, state=state)
         inner = unwrap_objects(state)
         self._together("save", path, lambda: self._strategy.save_checkpoint(path, inner, filter=filter))
+        self._notify("fabric_on_save", path=path, state=state)
 
     def load(
         self,

@@ -64,7 +64,7 @@ class Communication(FabricBase):
             reduce_op: ``"mean"``, ``"sum"``, ``"min"``, ``"max"``, ``"product"`` or a ``ReduceOp``.
         """
         self._require_launch("all_reduce")
-        data = convert_to_tensors(data, self.device)
+        data = convert_to_tensors(data, self.device, contiguous=False)  # a copy would not be the caller's tensor
         if self.world_size == 1:
             return data
         return reduce_nested(data, lambda t: self._strategy.all_reduce(t, group=group, reduce_op=reduce_op))

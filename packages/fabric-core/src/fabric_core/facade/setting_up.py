@@ -129,6 +129,7 @@ class SettingUp(Reporting):
             FabricOptimizer(self._strategy.setup_optimizer(optimizer), self._strategy, self._callbacks)
             for optimizer in optimizers
         )
+        self._notify("fabric_on_setup", module=None, optimizers=list(made))
         return made[0] if len(made) == 1 else made
 
     def setup_dataloaders(

@@ -105,9 +105,7 @@ class SpawnLauncher(Launcher):
             for process in processes:
                 process.join()
         if outcome.first is not None:
-            raise exiting_with_its_code(
-                WorkerFailedError(render(outcome.first, outcome.failures), outcome.exit_code)
-            )
+            raise exiting_with_its_code(WorkerFailedError(render(outcome.first, outcome.failures), outcome.exit_code))
 
     def _start(self, folder: Path, package: Package, supervisor: Supervisor) -> list[BaseProcess]:
         context: Any = multiprocessing.get_context(self.start_method)

@@ -20,7 +20,7 @@ from fabric_core.launchers.parent_death import die_with_parent, watch_until
 from fabric_core.launchers.processes import Placement
 from fabric_core.launchers.state import GlobalState
 from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT
-from fabric_core.launchers.worker import guard, record_crashes
+from fabric_core.launchers.worker import guard, record_crashes, write_whole_lines
 from fabric_core.settings import SPAWN_REPORT
 
 _PICKLED: Final = "result.pickle"
@@ -99,6 +99,7 @@ def run_task(task: Task, package: Package) -> NoReturn:
     if parent is not None:
         watch_until(parent.join)
     record_crashes(task.report)
+    write_whole_lines()
     for setting, value in task.place.variables().items():
         setting.set(value)
     code = guard(lambda: _work(task, package), task.place.rank, task.report)

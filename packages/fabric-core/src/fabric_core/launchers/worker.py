@@ -81,6 +81,12 @@ def record_crashes(report: Path) -> None:
         faulthandler.enable(os.open(report.with_suffix(".crash"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
 
 
+def write_whole_lines() -> None:
+    """Have output leave with every line: a worker may be killed, and the lines of several shall not mix."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+
+
 def _call_excepthook(error: BaseException) -> None:
     """Let a program's own ``sys.excepthook`` know, as experiment trackers want; what it prints, the report has."""
     if sys.excepthook is not sys.__excepthook__:
@@ -147,6 +153,7 @@ def main() -> NoReturn:
     link.attach()
     report = Path(link.report)
     record_crashes(report)
+    write_whole_lines()
     target = sys.argv[1:]
     finish(guard(lambda: _run(target), link.rank, report))
 

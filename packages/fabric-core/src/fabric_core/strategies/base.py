@@ -190,7 +190,9 @@ class Strategy(StrategyContract):
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Limit each gradient element to ``[-clip_val, clip_val]``."""
         self.precision.unscale_gradients(optimizer)
-        nn.utils.clip_grad_value_(list(self.precision.main_params(optimizer)), clip_value=clip_val)
+        having = [p for p in self.precision.main_params(optimizer) if p.grad is not None]
+        if having:  # torch fails on none
+            nn.utils.clip_grad_value_(having, clip_value=clip_val)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks (or any, with ``all=False``) decided True. Every rank calls it."""
