@@ -9,6 +9,7 @@ import statistics
 import time
 
 import torch
+
 from fabric_core import Fabric
 
 STEPS, ROUNDS = 2000, 7

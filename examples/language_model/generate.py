@@ -6,9 +6,9 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
-from model import GPT, GPTConfig
 
 from fabric_core import Fabric
+from model import GPT, GPTConfig
 
 
 def main(options: Namespace) -> None:

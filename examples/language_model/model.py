@@ -58,8 +58,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, time, dim)`` to the same shape."""
         x = x + self.dropout(self.attention(self.norm1(x)))
-        x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x
+        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return out
 
 
 class GPT(nn.Module):

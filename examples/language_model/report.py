@@ -17,9 +17,10 @@ def write_losses(path: Path, train: Curve, validation: Curve) -> None:
 
 
 def smooth(curve: Curve, reach: int) -> Curve:
-    """The mean of each point and its neighbours, up to ``reach`` on both sides."""
+    """The mean of each point and its neighbours, up to ``reach`` on both sides, fewer at the beginning."""
     losses = [loss for _, loss in curve]
-    windows = (losses[max(0, place - reach) : place + reach + 1] for place in range(len(losses)))
+    reaches = (min(reach, place) for place in range(len(losses)))
+    windows = (losses[place - near : place + near + 1] for place, near in enumerate(reaches))
     return [(step, sum(window) / len(window)) for (step, _), window in zip(curve, windows, strict=True)]
 
 

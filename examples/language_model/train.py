@@ -7,7 +7,6 @@ Read `main` first: it is the whole job. What has to do with devices, processes, 
 from __future__ import annotations
 
 import math
-import os
 import time
 from argparse import Namespace
 from dataclasses import asdict
@@ -15,19 +14,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-from data import TrainingOrder, Windows, read_text, spread
-from model import GPT, GPTConfig
-from options import fabric_options, parse_options
-from progress import progress
-from report import draw_losses, write_losses
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from data import TrainingOrder, Windows, read_text, spread
 from fabric_core import Fabric
 from fabric_core.wrappers import FabricModule
+from model import GPT, GPTConfig
+from options import fabric_options, parse_options
+from progress import progress
+from report import draw_losses, write_losses
 
 Batch = tuple[Tensor, Tensor]
 
@@ -160,7 +159,4 @@ def learning_rate(step: int, steps: int) -> float:
 if __name__ == "__main__":
     options = parse_options()
     fabric = Fabric(**fabric_options(options))
-    if os.environ.get("LT_CLI_USED") == "1":  # `fabric run` has started this process already
-        main(fabric, options)
-    else:
-        fabric.launch(main, options)
+    fabric.launch(main, options)

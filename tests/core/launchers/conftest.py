@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 
 LIMIT = 40.0
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LT_", "TORCHELASTIC", "FABRIC_")
+# What would make a program a worker of some other job, and what would let two programs' lines mix.
+DROPPED = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "NODE_RANK",
+    "GROUP_",
+    "LT_",
+    "TORCHELASTIC",
+    "FABRIC_",
+    "PYTHONUN",
+)
 
 
 @dataclass
@@ -39,7 +51,7 @@ class Programs:
 
     def start(self, *words: object) -> subprocess.Popen[str]:
         """Start ``python *words``."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(RANK_VARIABLES)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(DROPPED)}
         process = subprocess.Popen(
             [sys.executable, *map(str, words)],
             cwd=self.folder,

@@ -172,7 +172,7 @@ class _RankZero:
         if outcome is not None and self._is_foreign(outcome) and not isinstance(error, KeyboardInterrupt):
             if self._ending.acquire(blocking=False):
                 self._tell(outcome)
-                # Finalising an interpreter that has loaded torch takes up to a second, which a failed job does not have.
+                # Finalising an interpreter with torch in it takes up to a second, which a failed job does not have.
                 run_exit_functions(CLEAN_UP_LIMIT, outcome.exit_code)
                 end_process(outcome.exit_code)
             time.sleep(_VERDICT_LIMIT)  # the thread was faster and is ending this process

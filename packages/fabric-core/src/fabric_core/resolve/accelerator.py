@@ -29,7 +29,7 @@ def choose_accelerator(
         RuntimeError: the device is not there; the message lists those that are.
     """
     if objects.accelerator is not None:
-        value = objects.accelerator.value
+        value = _available(objects.accelerator.value, registry, ctx)
         return Choice(value, value.name(), objects.accelerator.origin)
     asked = request.accelerator
     wanted = asked.value

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 T = TypeVar("T")
@@ -24,3 +25,11 @@ def unwrap_compiled(obj: T) -> tuple[T, Callable[[nn.Module], nn.Module] | None]
     inner: Any = obj
     # The context is the decorator that torch.compile applied: it holds backend, mode and options.
     return inner._orig_mod, inner.dynamo_ctx
+
+
+def step_over(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, run as it is where a compiled module calls it; what it calls in turn is compiled as ever."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    stepped_over: Callable[..., Any] = torch.compiler.disable(function, recursive=False)
+    return stepped_over

@@ -16,6 +16,7 @@ from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
 from fabric_core.collections import apply_to_collection
 from fabric_core.errors import UsageError
+from fabric_core.wrappers.compile import step_over
 
 
 def make_forward(module: nn.Module, strategy: Strategy) -> Callable[..., Any]:
@@ -111,12 +112,15 @@ def redirected_method(original: nn.Module, name: str, call_wrapper: Callable[...
         absent = object()
         previous = attributes.get("forward", absent)
 
+        # The compiler would trace the change of `forward`, and not see it undone in time.
+        @step_over
         def restore() -> None:
             if previous is absent:
                 attributes.pop("forward", None)
             else:
                 attributes["forward"] = previous
 
+        @step_over
         def forward_once(*args: Any, **kwargs: Any) -> Any:
             restore()  # first of all: the method may call the module's real forward
             return method(*args, **kwargs)

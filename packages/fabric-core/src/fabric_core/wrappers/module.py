@@ -91,7 +91,7 @@ class FabricModule(nn.Module):
             ValueError: ``forward``, which needs no mark.
             AttributeError: the module has no such method.
         """
-        if not isinstance(method, str) and not inspect.ismethod(method):
+        if not isinstance(method, str) and not inspect.ismethod(inspect.unwrap(method)):
             raise InvalidTypeError(
                 f"mark_forward_method() takes a method of the module or its name, not {type(method).__name__}: "
                 'model.mark_forward_method("generate").'
@@ -102,6 +102,19 @@ class FabricModule(nn.Module):
         if not inspect.ismethod(getattr(self._original_module, name, None)):
             raise AttributeError(f"{type(self._original_module).__name__} has no method {name!r} to mark.")
         self._forward_methods.add(name)
+
+    # -- parts: those registered here belong to the original, where its state dict finds them -------------------
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer of the original module."""
+        self._original_module.register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter of the original module."""
+        self._original_module.register_parameter(name, param)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Register a part of the original module; so does ``register_module``."""
+        self._original_module.add_module(name, module)
 
     # -- state ---------------------------------------------------------------------------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
