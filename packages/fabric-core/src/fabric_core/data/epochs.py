@@ -12,10 +12,23 @@ def set_sampler_epoch(loader: object, epoch: int) -> None:
         set_epoch(epoch)
 
 
-def _set_epochs(loader: object) -> Iterator[Callable[[int], Any]]:
+def sampler_epoch(loader: object) -> int | None:
+    """The epoch that the loader's samplers are at, as torch's ``DistributedSampler`` shows it; ``None`` if none does."""
+    for sampler in _samplers(loader):
+        epoch = getattr(sampler, "epoch", None)
+        if isinstance(epoch, int) and epoch >= 0 and callable(getattr(sampler, "set_epoch", None)):
+            return epoch
+    return None
+
+
+def _samplers(loader: object) -> Iterator[Any]:
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    for sampler in {id(sampler): sampler for sampler in samplers}.values():
+    yield from {id(sampler): sampler for sampler in samplers}.values()
+
+
+def _set_epochs(loader: object) -> Iterator[Callable[[int], Any]]:
+    for sampler in _samplers(loader):
         set_epoch = getattr(sampler, "set_epoch", None)
         if callable(set_epoch):
             yield set_epoch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fabric_core.collections import batch_mover
-from fabric_core.data.epochs import set_sampler_epoch
+from fabric_core.data.epochs import sampler_epoch, set_sampler_epoch
 
 
 class FabricDataLoader:
@@ -23,6 +23,7 @@ class FabricDataLoader:
         self.dataloader = dataloader
         self._device = device
         self._epoch = 0
+        self._told = 0  # what the samplers were told last, or start with
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(loader, DataLoader) holds, without touching a class
@@ -34,14 +35,18 @@ class FabricDataLoader:
         return self._device
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch ``epoch``: call it when resuming. Otherwise epochs count by themselves."""
+        """The next iteration is epoch ``epoch``, as when resuming; without it, or the sampler's own, epochs count up."""
         self._epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataloader)
 
     def __iter__(self) -> Iterator[Any]:
+        chosen = sampler_epoch(self.dataloader)
+        if chosen is not None and chosen != self._told:  # the user called the sampler's own set_epoch
+            self._epoch = chosen
         set_sampler_epoch(self.dataloader, self._epoch)
+        self._told = self._epoch
         self._epoch += 1
         if self._device is None:
             return iter(self.dataloader)
