@@ -20,7 +20,7 @@ from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 from fabric_core.checkpoint.write import write_checkpoint
 from fabric_core.collections import move_data_to_device
 from fabric_core.errors import UsageError
-from fabric_core.module_init import EmptyInit, has_meta_parameters
+from fabric_core.module_init import EmptyInit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -127,7 +127,7 @@ class Strategy(StrategyContract):
     def validate_optimizer(self, optimizers: Iterable[Optimizer]) -> None:
         """``RuntimeError`` if an optimizer refers to parameters without memory."""
         for optimizer in optimizers:
-            if has_meta_parameters(optimizer):
+            if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
                 raise UsageError(
                     f"The optimizer {type(optimizer).__name__} refers to parameters on the meta device, which have no "
                     "values yet. Set up the module first, then create the optimizer from its parameters: "
