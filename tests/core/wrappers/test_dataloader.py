@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
 from fabric_core import Fabric
 from fabric_core.wrappers import FabricDataLoader
@@ -163,6 +163,26 @@ def test_pickling_keeps_the_place_and_the_epoch():
     assert twin.device == META
     list(twin)
     assert twin.sampler.epochs == [0, 1]
+
+
+def test_the_samplers_own_set_epoch_counts():
+    loader = cpu().setup_dataloaders(DataLoader(range(4), sampler=DistributedSampler(range(4), 2, 0)))
+    epochs = []
+    for epoch in (0, 1, 5):
+        loader.sampler.set_epoch(epoch)
+        list(loader)
+        epochs.append(loader.sampler.epoch)
+    list(loader)
+    assert [*epochs, loader.sampler.epoch] == [0, 1, 5, 6]
+
+
+def test_a_pickled_loader_goes_on_with_the_next_epoch():
+    loader = cpu().setup_dataloaders(DataLoader(range(4), sampler=DistributedSampler(range(4), 2, 0)))
+    for _ in range(3):
+        list(loader)
+    twin = pickle.loads(pickle.dumps(loader))
+    list(twin)
+    assert twin.sampler.epoch == 3
 
 
 def test_workers_feed_it():

@@ -19,6 +19,8 @@ class FabricDataLoader:
         device: where batches go; ``None`` leaves them where they are.
     """
 
+    _OWN = frozenset({"dataloader", "_device", "_epoch", "_told"})
+
     def __init__(self, dataloader: Any, device: torch.device | None = None) -> None:
         self.dataloader = dataloader
         self._device = device
@@ -57,8 +59,17 @@ class FabricDataLoader:
             raise AttributeError(name)
         return getattr(self.dataloader, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            self.__dict__[name] = value
+        else:
+            setattr(self.dataloader, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.dataloader, name)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.dataloader, self._device, self._epoch)
+        return _restore, (self.dataloader, self._device, self._epoch, self._told)
 
 
 def _moved(batches: Iterator[Any], move: Any) -> Iterator[Any]:
@@ -66,7 +77,7 @@ def _moved(batches: Iterator[Any], move: Any) -> Iterator[Any]:
         yield move(batch)
 
 
-def _restore(dataloader: Any, device: torch.device | None, epoch: int) -> FabricDataLoader:
+def _restore(dataloader: Any, device: torch.device | None, epoch: int, told: int) -> FabricDataLoader:
     loader = FabricDataLoader(dataloader, device)
-    loader.set_epoch(epoch)
+    loader._epoch, loader._told = epoch, told
     return loader
