@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from datetime import timedelta
 from typing import Final
 
@@ -49,6 +51,8 @@ def join_group(
     address = environment.main_address
     host = f"[{address}]" if ":" in address else address
     bound = device if device is not None and device.type != "cpu" and backend != "gloo" else None
+    if environment.global_rank() != 0:
+        _wait_for_listener(address, environment.main_port, timeout)
     dist.init_process_group(
         backend,
         init_method=f"tcp://{host}:{environment.main_port}",
@@ -58,6 +62,26 @@ def join_group(
         device_id=bound,
     )
     protect_exit()
+
+
+def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:
+    """Return once somebody listens at rank 0's address, or the time is up.
+
+    torch's own client waits longer after each refused connection, which costs up to a second when rank 0 is a little
+    later; asking every few milliseconds costs nothing to speak of.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, port), timeout=1.0).close()
+        except TimeoutError:
+            continue
+        except ConnectionRefusedError:
+            time.sleep(0.005)
+        except OSError:
+            return  # not resolvable yet, no route: torch's client knows how to insist, and what to say
+        else:
+            return
 
 
 def leave_group() -> None:
