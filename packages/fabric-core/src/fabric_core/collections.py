@@ -261,8 +261,8 @@ def convert_to_tensors(data: Any, device: Device, contiguous: bool = True) -> An
 
     def convert(value: Any) -> Tensor:
         if isinstance(value, Tensor):
-            value = value.to(device)
-            return value.contiguous() if contiguous else value
+            moved: Tensor = value.to(device)
+            return moved.contiguous() if contiguous else moved
         if arrays and isinstance(value, arrays):
             tensor = torch.as_tensor(value, device=device).contiguous()
             return tensor.to(torch.uint8) if tensor.dtype is torch.bool and not value.ndim else tensor

@@ -13,7 +13,7 @@ def set_sampler_epoch(loader: object, epoch: int) -> None:
 
 
 def sampler_epoch(loader: object) -> int | None:
-    """The epoch that the loader's samplers are at, as torch's ``DistributedSampler`` shows it; ``None`` if none does."""
+    """The epoch that the loader's samplers are at, if one shows it as torch's ``DistributedSampler`` does."""
     for sampler in _samplers(loader):
         epoch = getattr(sampler, "epoch", None)
         if isinstance(epoch, int) and epoch >= 0 and callable(getattr(sampler, "set_epoch", None)):

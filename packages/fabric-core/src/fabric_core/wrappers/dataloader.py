@@ -37,7 +37,7 @@ class FabricDataLoader:
         return self._device
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch ``epoch``, as when resuming; without it, or the sampler's own, epochs count up."""
+        """The next iteration is epoch ``epoch``, as when resuming; otherwise epochs count up by themselves."""
         self._epoch = epoch
 
     def __len__(self) -> int:
