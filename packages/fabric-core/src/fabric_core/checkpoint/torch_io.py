@@ -131,7 +131,7 @@ def _explained(path: Path, safe: bool) -> Iterator[None]:
     """Turn what reading may raise into an error that names the file and what to do."""
     try:
         yield
-    except (CheckpointError, OSError, MemoryError):
+    except (CheckpointError, OSError, MemoryError, Warning):  # a warning that is an error says nothing of the file
         raise
     except Exception as error:
         name = os.fspath(path)
