@@ -27,4 +27,3 @@ def fabric(site: PluginSite) -> Fabric:  # noqa: F811
         )
 
     return run
-

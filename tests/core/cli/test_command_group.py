@@ -110,4 +110,3 @@ def test_completing_a_command_or_a_plugin_imports_neither(
     place = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
     done = fabric(_FABRIC_COMPLETE="bash_complete", **place)
     assert f"plain,{offered}" in done.stdout.splitlines()
-

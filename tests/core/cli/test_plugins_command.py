@@ -73,4 +73,3 @@ def test_neither_torch_nor_a_plugin_is_imported(fabric: Fabric, site: PluginSite
     assert done.returncode == 0
     assert "fabric_core.registry.registry" in imported
     assert not {name for name in imported if name.partition(".")[0] in ("torch", "fabric_broken", "pluggy")}
-

@@ -9,9 +9,23 @@ from fabric_core.wrappers import is_wrapped
 from fabric_core.wrappers.compile import is_compiled
 from fabric_core.wrappers.unwrap import unwrap
 
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
+
 
 def compiled(module, **options):
     return torch.compile(module, backend="eager", **options)
+
+
+class Stepping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, x):
+        return self(x).sum()
 
 
 @pytest.fixture
@@ -94,15 +108,25 @@ def test_a_bare_module_is_not_wrapped_even_when_compiled():
 
 
 def test_a_marked_method_runs_through_the_compiled_module(two):
-    class Model(nn.Linear):
-        def training_step(self, x):
-            return self(x).sum()
-
-    module = Model(2, 1)
+    module = Stepping()
     expected = module(torch.ones(1, 2)).sum()
     wrapped = two.setup(compiled(module))
     assert torch.allclose(wrapped.training_step(torch.ones(1, 2)), expected)
     assert torch.allclose(wrapped(torch.ones(1, 2)).sum(), expected)
+
+
+def test_a_marked_method_is_compiled_once_and_for_all(two):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    wrapped = two.setup(torch.compile(Stepping(), backend=backend, dynamic=False))
+    for _ in range(10):
+        wrapped.training_step(torch.ones(1, 2))
+        wrapped(torch.ones(1, 2))
+    assert 1 <= len(graphs) <= 2
 
 
 def test_a_precision_is_applied_around_the_compiled_module():

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fabric_core.lazy import name_table
+
+if TYPE_CHECKING:  # for type checkers and editors, which cannot read the table
+    from fabric_core.abc.accelerator import Accelerator as Accelerator
+    from fabric_core.accelerators.cpu import CPUAccelerator as CPUAccelerator
+    from fabric_core.accelerators.generic import GenericAccelerator as GenericAccelerator
+    from fabric_core.accelerators.mps import MPSAccelerator as MPSAccelerator
 
 _TABLE = {
     "Accelerator": "fabric_core.abc.accelerator:Accelerator",

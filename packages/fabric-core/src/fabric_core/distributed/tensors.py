@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fabric_core.errors import InvalidArgumentError
 
+# Neither gloo nor NCCL carries these. Gathering only moves bytes, so it can do without their help.
+_AS_BYTES: Final = frozenset({torch.int16, torch.uint16, torch.uint32, torch.uint64})
 _OPS: Final = ("sum", "mean", "avg", "min", "max", "product", "band", "bor", "bxor")
 
 
@@ -20,6 +22,9 @@ def gather_tensor(tensor: Tensor, group: Any | None = None, sync_grads: bool = F
         from torch.distributed.nn.functional import all_gather  # imports much of torch: only when asked for
 
         return torch.stack(all_gather(tensor, group if group is not None else dist.group.WORLD))
+    if tensor.dtype in _AS_BYTES or (tensor.is_floating_point() and tensor.element_size() == 1):
+        flat = gather_tensor(tensor.detach().reshape(-1).view(torch.uint8), group)
+        return flat.view(tensor.dtype).reshape(flat.shape[0], *tensor.shape)
     out = tensor.new_empty((dist.get_world_size(group), *tensor.shape))
     dist.all_gather(list(out.unbind(0)), tensor.detach(), group=group)
     return out

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fabric_core.lazy import name_table
+
+if TYPE_CHECKING:  # for type checkers and editors, which cannot read the table
+    from fabric_core.abc.precision import Precision as Precision
+    from fabric_core.precision.double import DoublePrecision as DoublePrecision
+    from fabric_core.precision.half import HalfPrecision as HalfPrecision
+    from fabric_core.precision.mixed import MixedPrecision as MixedPrecision
 
 _TABLE = {
     "DoublePrecision": "fabric_core.precision.double:DoublePrecision",

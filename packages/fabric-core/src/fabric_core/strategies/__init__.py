@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fabric_core.lazy import name_table
+
+if TYPE_CHECKING:  # for type checkers and editors, which cannot read the table
+    from fabric_core.strategies.base import Strategy as Strategy
+    from fabric_core.strategies.ddp import DDPStrategy as DDPStrategy
+    from fabric_core.strategies.parallel import ParallelStrategy as ParallelStrategy
+    from fabric_core.strategies.single_device import SingleDeviceStrategy as SingleDeviceStrategy
 
 _TABLE = {
     "DDPStrategy": "fabric_core.strategies.ddp:DDPStrategy",

@@ -29,7 +29,5 @@ def unwrap_compiled(obj: T) -> tuple[T, Callable[[nn.Module], nn.Module] | None]
 
 def step_over(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, run as it is where a compiled module calls it; what it calls in turn is compiled as ever."""
-    if "torch._dynamo" not in sys.modules:
-        return function
     stepped_over: Callable[..., Any] = torch.compiler.disable(function, recursive=False)
     return stepped_over

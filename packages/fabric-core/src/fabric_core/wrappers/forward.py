@@ -102,8 +102,13 @@ def _check_backward(grad: Tensor) -> None:
         )
 
 
-def redirected_method(original: nn.Module, name: str, call_wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """``name`` of the user's module, run as if it were its forward: ``call_wrapper`` leads to it and back."""
+def redirected_method(
+    original: nn.Module, name: str, call_wrapper: Callable[..., Any], compiled: bool = False
+) -> Callable[..., Any]:
+    """``name`` of the user's module, run as if it were its forward: ``call_wrapper`` leads to it and back.
+
+    ``compiled`` says that it leads through a compiled module.
+    """
     method = getattr(original, name)
 
     @functools.wraps(method)
@@ -112,19 +117,18 @@ def redirected_method(original: nn.Module, name: str, call_wrapper: Callable[...
         absent = object()
         previous = attributes.get("forward", absent)
 
-        # The compiler would trace the change of `forward`, and not see it undone in time.
-        @step_over
         def restore() -> None:
             if previous is absent:
                 attributes.pop("forward", None)
             else:
                 attributes["forward"] = previous
 
-        @step_over
         def forward_once(*args: Any, **kwargs: Any) -> Any:
             restore()  # first of all: the method may call the module's real forward
             return method(*args, **kwargs)
 
+        if compiled:  # the compiler would trace the change of `forward`, and not see it undone in time
+            restore, forward_once = step_over(restore), step_over(forward_once)
         attributes["forward"] = forward_once
         try:
             return call_wrapper(*args, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
+from fabric_core.wrappers.compile import is_compiled
 from fabric_core.wrappers.forward import guarded_method, make_forward, redirected_method
 
 DEFAULT_FORWARD_METHODS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
@@ -141,7 +142,7 @@ class FabricModule(nn.Module):
         if original is None:  # while unpickling
             raise AttributeError(name)
         if name in own["_forward_methods"] and hasattr(original, name):
-            return redirected_method(original, name, self)
+            return redirected_method(original, name, self, is_compiled(own["_modules"]["_forward_module"]))
         if name == "_forward_module":
             return own["_modules"][name]
         value = getattr(original, name)
