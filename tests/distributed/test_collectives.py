@@ -1,5 +1,7 @@
 """Every collective between two real processes."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -210,3 +212,38 @@ def print_on_each(path):
 
 def test_print_speaks_once_per_node(workers, tmp_path):
     assert workers(2).run(print_on_each, str(tmp_path)) == ["hello\n", ""]
+
+
+def _reduce_bools(op):
+    fabric = launched()
+    return fabric.all_reduce(torch.tensor([True, fabric.global_rank == 0]), reduce_op=op).tolist()
+
+
+def test_bool_tensors_reduce_to_all_and_any(workers):
+    assert workers(2).run(_reduce_bools, "min") == [[True, False]] * 2
+    assert workers(2).run(_reduce_bools, "max") == [[True, True]] * 2
+
+
+def _join_as_another_size():
+    launched()
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    environment = fabric.strategy.cluster_environment
+    environment.world_size = lambda: 3
+    with pytest.raises(RuntimeError) as caught:
+        fabric.launch()
+    return str(caught.value)
+
+
+def test_a_group_of_another_size_is_refused(workers):
+    assert "is to be rank 1 of 3 now" in workers(2).run(_join_as_another_size)[1]
+
+
+def _one_device_in_each():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Fabric(accelerator="cpu", devices=1)
+    return [str(warning.message) for warning in caught]
+
+
+def test_processes_that_work_each_for_itself_are_warned_of(workers):
+    assert "2 processes were started" in workers(2).run(_one_device_in_each)[0][0]

@@ -41,7 +41,7 @@ def test_16_means_mixed_with_a_word_of_advice(spelling, fake_backend):
         assert name(spelling) == "bf16-mixed"
     first, second = (str(warning.message) for warning in caught)
     assert f"precision={spelling!r} means '16-mixed'" in first
-    assert "'16-mixed' does not run on cpu" in second
+    assert "'16-mixed' does not run on accelerator='cpu'" in second
 
 
 def test_float16_with_a_scaler_becomes_bfloat16_on_the_cpu():

@@ -25,7 +25,9 @@ def hooks():
 
 def chosen(name="auto", **known):
     request = Request.gather({**DEFAULTS, "strategy": name})
-    return choose_strategy(request, get_registry(), ResolveContext(**{"accelerator": "cpu", **known}))
+    context = ResolveContext(**{"accelerator": "cpu", **known})
+    accelerator = get_registry().create("accelerator", context.accelerator)
+    return choose_strategy(request, accelerator, get_registry(), context)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,9 @@ def test_dp_on_the_cpu_becomes_ddp_and_says_so():
     assert (choice.name, choice.reason) == ("ddp", "'dp' does not run on cpu")
 
 
-def test_dp_elsewhere_is_a_plugins():
+def test_dp_elsewhere_is_a_plugins(fake_backend):
     with pytest.raises(ValueError, match="pip install fabric-cuda"):
-        chosen("dp", accelerator="cuda", num_devices=2)
+        chosen("dp", accelerator="fake", num_devices=2)
 
 
 class Suggesting:

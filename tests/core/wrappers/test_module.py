@@ -261,3 +261,10 @@ def test_outputs_keep_their_containers(model):
     result = fabric.setup(Nested())(torch.ones(1), scale=2)
     assert result["out"].item() == 2.0
     assert (result["text"], result["pair"][1]) == ("kept", 3)
+
+
+def test_the_mode_of_the_module_is_the_wrappers_from_the_start():
+    module = nn.Linear(2, 1).eval()
+    wrapped = Fabric(accelerator="cpu", devices=1).setup(module)
+    assert not wrapped.training
+    assert not copy.deepcopy(wrapped).training

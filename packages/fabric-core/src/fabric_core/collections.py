@@ -65,6 +65,21 @@ def apply_to_collection(
     return visit(data)
 
 
+def for_each(data: Any, dtype: Types, function: Callable[[Any], Any]) -> None:
+    """Call ``function`` on every ``dtype`` instance in ``data``, in the same order as above; build nothing."""
+    if isinstance(data, dtype):
+        function(data)
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            for_each(value, dtype, function)
+    elif isinstance(data, Sequence) and not isinstance(data, _VALUES):
+        for item in data:
+            for_each(item, dtype, function)
+    elif is_dataclass(data) and not isinstance(data, type):
+        for field in fields(data):
+            for_each(getattr(data, field.name, None), dtype, function)
+
+
 def _visit_children(data: Any, visit: Visit, include_none: bool = True, allow_frozen: bool = True) -> Any:
     if isinstance(data, Mapping):
         new = {key: visit(value) for key, value in data.items()}

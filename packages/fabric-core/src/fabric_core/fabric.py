@@ -69,8 +69,7 @@ class Fabric(Processes, SettingUp, Stepping, Communication, Checkpoints):
             self._registry.create("logger", logger) if isinstance(logger, str) else logger
             for logger in _as_list(loggers)
         ]
-        if type(self).run is not Fabric.run:
-            self.run = partial(self.launch, call_run, type(self).run)  # type: ignore[method-assign]
+        self._launch_with_run()
         self._notify("fabric_on_init")
         if settings.CLI_USED.flag():
             self._enter_process()
@@ -93,6 +92,10 @@ class Fabric(Processes, SettingUp, Stepping, Communication, Checkpoints):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._registry = get_registry()
+        self._launch_with_run()
+
+    def _launch_with_run(self) -> None:
+        """Calling an overridden ``run`` starts the processes first."""
         if type(self).run is not Fabric.run:
             self.run = partial(self.launch, call_run, type(self).run)  # type: ignore[method-assign]
 

@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex
 
 import torch
 
+from fabric_core.accelerator_of_torch import accelerator_of_torch
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
 from fabric_core.rank_zero import log, rank_from_environment, rank_prefixed_message, rank_zero_only, rank_zero_warn
 from fabric_core.settings import GLOBAL_SEED, SEED_WORKERS
@@ -158,15 +159,12 @@ def _device_module(initialise: bool = False) -> tuple[str, Any] | None:
 
     Unless ``initialise``, it also must be in use: to ask it otherwise would start it.
     """
-    try:
-        device = torch.accelerator.current_accelerator()
-    except RuntimeError:  # torch 2.6 raises where later versions return None
-        return None
+    device = accelerator_of_torch()
     if device is None:
         return None
     module = torch.get_device_module(device.type)
-    is_initialized = getattr(module, "is_initialized", torch.accelerator.is_available)
-    usable = torch.accelerator.is_available() if initialise else is_initialized()
+    is_initialized = getattr(module, "is_initialized", None)
+    usable = initialise or is_initialized is None or is_initialized()
     return (device.type, module) if usable else None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +23,8 @@ class Accelerator(ABC):
         priority: order under ``accelerator="auto"``, highest first. CPU is 0; real devices use 10 and more.
         process_group_backend: ``torch.distributed`` backend for these devices; ``None`` asks torch's own map.
         max_devices: the most devices one job can use, ``None`` for no limit.
+        instead_of: strategies and precisions, by name, that make no sense on these devices, and what is taken instead
+            with a warning, as ``{"dp": "ddp"}``.
         interactive_devices: how many ``devices="auto"`` takes in a notebook; ``None`` for all.
     """
 
@@ -30,6 +34,7 @@ class Accelerator(ABC):
     process_group_backend: ClassVar[str | None] = None
     max_devices: ClassVar[int | None] = None
     interactive_devices: ClassVar[int | None] = None
+    instead_of: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @staticmethod
     @abstractmethod

@@ -65,7 +65,6 @@ class Strategy(Communicator):
     checkpoint_io: CheckpointIO
     launcher: Launcher | None
 
-    # -- life cycle ----------------------------------------------------------------------------------------------
     @abstractmethod
     def connect(
         self, *, devices: list[torch.device], num_nodes: int, environment: ClusterEnvironment, interactive: bool
@@ -80,7 +79,6 @@ class Strategy(Communicator):
     def teardown(self) -> None:
         """Last call in every process."""
 
-    # -- wrapping ------------------------------------------------------------------------------------------------
     @abstractmethod
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
@@ -115,7 +113,6 @@ class Strategy(Communicator):
     def process_dataloader(self, dataloader: Any) -> Any:
         """Replace a data loader by one that feeds the devices faster, or return it."""
 
-    # -- stepping ------------------------------------------------------------------------------------------------
     @property
     @abstractmethod
     def changes_backward(self) -> bool:
@@ -148,7 +145,6 @@ class Strategy(Communicator):
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Limit each gradient element."""
 
-    # -- checkpoints: every rank calls them ----------------------------------------------------------------------
     @abstractmethod
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state on rank 0; may be empty on others."""

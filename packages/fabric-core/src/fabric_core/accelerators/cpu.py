@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -16,6 +18,7 @@ class CPUAccelerator(Accelerator):
 
     priority: ClassVar[int] = 0
     process_group_backend: ClassVar[str | None] = "gloo"
+    instead_of: ClassVar[Mapping[str, str]] = MappingProxyType({"dp": "ddp", "16-mixed": "bf16-mixed"})
 
     @staticmethod
     def name() -> str:

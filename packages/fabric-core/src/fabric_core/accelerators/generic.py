@@ -7,24 +7,19 @@ from typing import Any, ClassVar
 import torch
 
 from fabric_core.abc.accelerator import Accelerator
+from fabric_core.accelerator_of_torch import accelerator_of_torch
 from fabric_core.accelerators.device_ids import parse_device_ids
 from fabric_core.errors import InvalidArgumentError, UsageError
 
 
-def _device_type() -> str | None:
-    """The type of device that torch reports and can use now, ``None`` if there is none."""
-    device = torch.accelerator.current_accelerator()
-    return device.type if device is not None and torch.accelerator.is_available() else None
-
-
 def _indices() -> list[int]:
-    return list(range(torch.accelerator.device_count())) if _device_type() else []
+    return list(range(torch.accelerator.device_count())) if accelerator_of_torch() is not None else []
 
 
 class GenericAccelerator(Accelerator):
     """Serves whatever ``torch.accelerator`` reports: a plugin for that device is better, this one is there today.
 
-    Everything goes through torch's own device-neutral calls, so it knows no peak FLOP/s and no fork check.
+    Everything goes through torch's own device-neutral calls, so it knows no peak FLOP/s.
     """
 
     aliases: ClassVar[frozenset[str]] = frozenset({"gpu"})
@@ -38,15 +33,15 @@ class GenericAccelerator(Accelerator):
     @classmethod
     def device_type(cls) -> str:
         """The type of device that torch reports; ``RuntimeError`` if it reports none."""
-        found = _device_type()
+        found = accelerator_of_torch()
         if found is None:
             raise UsageError(f"accelerator='generic' finds no device: {cls.unavailable_reason()}.")
-        return found
+        return found.type
 
     @staticmethod
     def is_available() -> bool:
         """Whether torch reports an accelerator that can be used now."""
-        return _device_type() is not None
+        return accelerator_of_torch() is not None
 
     @classmethod
     def unavailable_reason(cls) -> str:
@@ -76,8 +71,19 @@ class GenericAccelerator(Accelerator):
             raise InvalidArgumentError(f"GenericAccelerator was given the device {device}; here it serves {kind} only.")
         torch.accelerator.set_device_index(device.index or 0)
 
-    def _module(self) -> Any:
-        return torch.get_device_module(self.device_type())
+    @classmethod
+    def check_fork_safe(cls) -> None:
+        """``RuntimeError`` once the device's runtime is initialised in this process, where its torch module tells."""
+        initialized = getattr(cls._module(), "is_initialized", None)
+        if initialized is not None and initialized():
+            raise UsageError(
+                f"The {cls.device_type()} runtime is initialised in this process, so that it cannot be forked. Do not "
+                "touch the device before fabric.launch(); in a notebook, restart the kernel."
+            )
+
+    @classmethod
+    def _module(cls) -> Any:
+        return torch.get_device_module(cls.device_type())
 
     def empty_cache(self) -> None:
         """Give cached memory back, where the device's torch module can."""
@@ -92,6 +98,6 @@ class GenericAccelerator(Accelerator):
 
     def restore_rng(self, state: dict[str, Any]) -> None:
         """Restore the generators of all devices."""
-        kind = self.device_type()
-        if kind in state:
-            self._module().set_rng_state_all(state[kind])
+        restore = getattr(self._module(), "set_rng_state_all", None)
+        if restore is not None and self.device_type() in state:
+            restore(state[self.device_type()])

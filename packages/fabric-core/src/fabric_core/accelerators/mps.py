@@ -64,4 +64,5 @@ class MPSAccelerator(Accelerator):
 
     def restore_rng(self, state: dict[str, Any]) -> None:
         """Restore the state of the GPU's generator."""
-        torch.mps.set_rng_state(state["mps"])
+        if "mps" in state:
+            torch.mps.set_rng_state(state["mps"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric_core.collections import apply_to_collection
+from fabric_core.collections import apply_to_collection, for_each
 
 TensorCollective = Callable[[Tensor], Any]
 SMALL = 1 << 20
@@ -34,7 +34,7 @@ def reduce_nested(data: Any, reduce: TensorCollective) -> Any:
     """``data`` with every tensor reduced in place; the tensors keep their identity."""
 
     def alone(tensor: Tensor) -> Any:
-        if tensor.is_sparse or tensor.is_contiguous():
+        if tensor.is_contiguous():
             return reduce(tensor)
         tensor.detach().copy_(reduce(tensor.detach().contiguous()))
         return tensor
@@ -52,11 +52,10 @@ def _map_groups(data: Any, one: TensorCollective, together: Callable[[list[Tenso
     if isinstance(data, Tensor):
         return one(data)
     tensors: list[Tensor] = []
-    apply_to_collection(data, Tensor, tensors.append)
+    for_each(data, Tensor, tensors.append)
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):  # the same order on every rank, so that messages match
-        alone = tensor.numel() > SMALL or tensor.is_sparse
-        groups[index if alone else (tensor.dtype, tensor.device)].append(index)
+        groups[index if tensor.numel() > SMALL else (tensor.dtype, tensor.device)].append(index)
     results: list[Any] = [None] * len(tensors)
     for members in groups.values():
         group = [tensors[i] for i in members]
@@ -64,4 +63,4 @@ def _map_groups(data: Any, one: TensorCollective, together: Callable[[list[Tenso
         for index, value in zip(members, values, strict=True):
             results[index] = value
     order = iter(results)
-    return apply_to_collection(data, Tensor, lambda _: next(order))
+    return apply_to_collection(data, Tensor, lambda _: next(order), allow_frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import socket
+import sys
 import time
 from datetime import timedelta
 from typing import Final
@@ -13,9 +15,12 @@ import torch.distributed as dist
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.distributed.exit import protect_exit
 from fabric_core.errors import UsageError
+from fabric_core.settings import USE_LIBUV
 
 DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
 """How long a collective waits for the other ranks; torch's own figure, ``torch.distributed.default_pg_timeout``."""
+
+_PATIENCE: Final = 10.0
 
 
 def is_initialized() -> bool:
@@ -33,51 +38,64 @@ def join_group(
     backend: str,
     timeout: timedelta = DEFAULT_TIMEOUT,
     device: torch.device | None = None,
-) -> None:
-    """Join the job's process group, or return at once if this process is in one already.
+) -> bool:
+    """Join the job's process group; whether it was joined now, and not before by somebody else.
 
     Every rank calls it. ``device`` binds the group to an indexed device, so that its backend connects eagerly.
 
     Raises:
-        RuntimeError: this build of torch has no ``torch.distributed``.
+        RuntimeError: this build of torch has no ``torch.distributed``, or the process is in a group already that has
+            another size or another rank for it.
     """
     if not dist.is_available():
         raise UsageError(
             f"torch {torch.__version__} was built without torch.distributed, which a strategy of several processes "
             "needs. Install a build that has it, or use one device."
         )
+    rank, size = environment.global_rank(), environment.world_size()
     if dist.is_initialized():
-        return
-    address = environment.main_address
-    host = f"[{address}]" if ":" in address else address
+        _check_existing(rank, size)
+        return False
+    if sys.platform == "win32" and not USE_LIBUV.is_set():
+        USE_LIBUV.set(0)
+    address, port = environment.main_address, environment.main_port
+    if rank != 0:
+        _wait_for_listener(address, port)
     bound = device if device is not None and device.type != "cpu" and backend != "gloo" else None
-    if environment.global_rank() != 0:
-        _wait_for_listener(address, environment.main_port, timeout)
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{host}:{environment.main_port}",
+        init_method=f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
         timeout=timeout,
-        world_size=environment.world_size(),
-        rank=environment.global_rank(),
+        world_size=size,
+        rank=rank,
         device_id=bound,
     )
     protect_exit()
+    return True
 
 
-def _wait_for_listener(address: str, port: int, timeout: timedelta) -> None:
-    """Return once somebody listens at rank 0's address, or the time is up.
+def _check_existing(rank: int, size: int) -> None:
+    if (dist.get_rank(), dist.get_world_size()) != (rank, size):
+        raise UsageError(
+            f"This process is rank {dist.get_rank()} of {dist.get_world_size()} in a process group already, but is to "
+            f"be rank {rank} of {size} now. Call fabric.teardown() on the Fabric that made the group, or "
+            "torch.distributed.destroy_process_group() if you made it, before another is launched."
+        )
+
+
+def _wait_for_listener(address: str, port: int) -> None:
+    """Return once somebody listens at rank 0's address, or ``_PATIENCE`` is over.
 
     torch's own client waits longer after each refused connection, which costs up to a second when rank 0 is a little
-    later; asking every few milliseconds costs nothing to speak of.
+    later. The pauses here grow to a tenth of a second, so that many ranks do not flood a host that is late.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline, pause = time.monotonic() + _PATIENCE, 0.005
     while time.monotonic() < deadline:
         try:
             socket.create_connection((address, port), timeout=1.0).close()
-        except TimeoutError:
-            continue
-        except ConnectionRefusedError:
-            time.sleep(0.005)
+        except (TimeoutError, ConnectionRefusedError):
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, 0.1)
         except OSError:
             return  # not resolvable yet, no route: torch's client knows how to insist, and what to say
         else:

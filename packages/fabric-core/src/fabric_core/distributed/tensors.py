@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fabric_core.errors import InvalidArgumentError
+from fabric_core.errors import InvalidArgumentError, InvalidTypeError
 
 # Neither gloo nor NCCL carries these. Gathering only moves bytes, so it can do without their help.
 _AS_BYTES: Final = frozenset({torch.int16, torch.uint16, torch.uint32, torch.uint64})
@@ -17,7 +17,7 @@ _OPS: Final = ("sum", "mean", "avg", "min", "max", "product", "band", "bor", "bx
 
 def gather_tensor(tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
     """``(...)`` on each rank to ``(group size, ...)`` on every rank. ``sync_grads`` lets gradients flow back."""
-    tensor = tensor.contiguous()
+    tensor = _dense(tensor).contiguous()
     if sync_grads and tensor.requires_grad:
         from torch.distributed.nn.functional import all_gather  # imports much of torch: only when asked for
 
@@ -36,7 +36,14 @@ def reduce_tensor(tensor: Tensor, group: Any | None = None, reduce_op: Any = "me
     Means are a sum and a division here, because gloo averages no integers; integer tensors are divided rounding down.
     """
     op, divide = _operation(reduce_op)
-    alias = tensor.detach()  # the value changes in place, the autograd graph of the tensor stays out of it
+    alias = _dense(tensor).detach()  # the value changes in place, the autograd graph of the tensor stays out of it
+    if alias.dtype is torch.bool:
+        if op not in (dist.ReduceOp.MIN, dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT):
+            raise InvalidTypeError(
+                f"reduce_op={reduce_op!r} makes no sense for a bool tensor. Pass tensor.float() for a share, or "
+                'reduce_op="min" (all) or "max" (any).'
+            )
+        alias = alias.view(torch.uint8)
     raw = alias.contiguous()
     dist.all_reduce(raw, op=op, group=group)
     if divide:
@@ -47,6 +54,12 @@ def reduce_tensor(tensor: Tensor, group: Any | None = None, reduce_op: Any = "me
             raw.floor_divide_(size)
     if raw.data_ptr() != alias.data_ptr():
         alias.copy_(raw)
+    return tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided:
+        raise InvalidTypeError(f"Collectives take dense tensors, not one of layout {tensor.layout}: tensor.to_dense().")
     return tensor
 
 

@@ -26,7 +26,6 @@ class FabricBase:
     _direct_backward: bool
     _callbacks: list[Any]
     _loggers: list[Logger]
-    _models_setup: int = 0
     _launched: bool = False
     _environment_ready: bool = False
     _rank_zero_group: Any = None

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fabric_core.checkpoint.state import is_stateful, validate_filter
+from fabric_core.checkpoint.state import validate_filter
 from fabric_core.errors import CheckpointError, InvalidTypeError
 from fabric_core.facade.base import FabricBase
-from fabric_core.wrappers.unwrap import unwrap, unwrap_objects
+from fabric_core.wrappers.unwrap import unwrap, unwrap_values
 
 if TYPE_CHECKING:
     from fabric_core.types import Path
@@ -41,7 +41,7 @@ class Checkpoints(FabricBase):
         self._require_launch("save")
         if filter is not None:
             validate_filter(state, filter)
-        inner = unwrap_objects(state)
+        inner = unwrap_values(state)
         self._together("save", path, lambda: self._strategy.save_checkpoint(path, inner, filter=filter))
         self._notify("fabric_on_save", path=path, state=state)
 
@@ -70,16 +70,15 @@ class Checkpoints(FabricBase):
             FileNotFoundError: nothing is at ``path``.
         """
         self._require_launch("load")
-        inner = None if state is None else unwrap_objects(state)
+        inner = None if state is None else unwrap_values(state)
+        before = dict(inner or {})
         remainder: dict[str, Any] = self._together(
             "load",
             path,
             lambda: self._strategy.load_checkpoint(path, state=inner, strict=strict, weights_only=weights_only),
         )
-        if state is not None and isinstance(inner, dict):
-            for name, value in inner.items():
-                if not is_stateful(value):
-                    state[name] = value
+        if state is not None and inner is not None:
+            state.update({name: value for name, value in inner.items() if value is not before[name]})
         self._notify("fabric_on_load", path=path, state=state)
         return remainder
 
@@ -108,7 +107,7 @@ class Checkpoints(FabricBase):
             return action()
         try:
             result = action()
-        except BaseException:
+        except Exception:  # an interrupt must not wait for the other ranks
             self._strategy.reduce_boolean_decision(False)
             raise
         if not self._strategy.reduce_boolean_decision(True):

@@ -11,7 +11,7 @@ from typing import Any
 from fabric_core.collections import convert_to_tensors
 from fabric_core.distributed.coalesce import gather_nested, reduce_nested
 from fabric_core.distributed.group import is_initialized
-from fabric_core.errors import InvalidTypeError, UsageError
+from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UsageError
 from fabric_core.facade.base import FabricBase
 
 
@@ -31,10 +31,9 @@ class Communication(FabricBase):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object that global rank ``src`` passed, on every rank. Every rank calls it."""
         self._require_launch("broadcast")
-        if isinstance(src, bool) or not isinstance(src, int):
-            raise InvalidTypeError(
-                f"fabric.broadcast(src={src!r}): expected a global rank, 0 to {self.world_size - 1}."
-            )
+        if isinstance(src, bool) or not isinstance(src, int) or not 0 <= src < self.world_size:
+            error = InvalidTypeError if isinstance(src, bool) or not isinstance(src, int) else InvalidArgumentError
+            raise error(f"fabric.broadcast(src={src!r}): expected a global rank, 0 to {self.world_size - 1}.")
         return self._strategy.broadcast(obj, src=src)
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
@@ -79,7 +78,7 @@ class Communication(FabricBase):
         Raises:
             RuntimeError: on the other ranks, when the body failed on a rank that went first.
         """
-        if not is_initialized() or self.world_size == 1:
+        if self.world_size == 1 or not self.is_launched:  # nobody else is there, or not yet
             yield
             return
         first = (self.local_rank if local else self.global_rank) == 0
@@ -95,6 +94,8 @@ class Communication(FabricBase):
 
     def _any_failed(self, failed: bool) -> bool:
         """Whether any rank failed; returns once every rank has called it, without the group's usual time limit."""
+        if not is_initialized():  # a strategy with collectives of its own
+            return not self._strategy.reduce_boolean_decision(not failed)
         import torch
         import torch.distributed as dist
 

@@ -101,7 +101,6 @@ class SettingUp(Reporting):
             forward = recompile(forward)
         wrapped = FabricModule(forward, self._strategy, converted)
         made = [FabricOptimizer(optimizer, self._strategy, self._callbacks) for optimizer in optimizers]
-        self._models_setup += 1
         if bind_to_fabric(original, self, made) and not any(original is c for c in self._callbacks):
             self._callbacks.append(original)
         self.call("on_after_setup", fabric=self, module=wrapped)

@@ -28,7 +28,7 @@ def cast_floats(data: Any, dtype: torch.dtype) -> Any:
     if kind is dict:
         fresh = {key: cast_floats(value, dtype) for key, value in data.items()}
         return data if all(map(_same, fresh.values(), data.values())) else fresh
-    return apply_to_collection(data, Tensor, _cast, dtype)
+    return apply_to_collection(data, Tensor, _cast, dtype, allow_frozen=True)
 
 
 def _same(new: Any, old: Any) -> bool:

@@ -6,10 +6,12 @@ from typing import Any
 
 from fabric_core.abc.accelerator import Accelerator
 from fabric_core.abc.choosing import Candidate, ResolveContext
+from fabric_core.accelerator_of_torch import accelerator_of_torch
 from fabric_core.errors import InvalidTypeError, UnknownPluginError, UsageError
-from fabric_core.rank_zero import rank_zero_info
+from fabric_core.rank_zero import rank_zero_info, rank_zero_warn
 from fabric_core.registry import Registry
 from fabric_core.registry.known import device_hint
+from fabric_core.registry.ref import CORE
 from fabric_core.resolve.candidates import collect_candidates, pick
 from fabric_core.resolve.choice import Choice
 from fabric_core.resolve.objects import Objects
@@ -75,7 +77,7 @@ def _best(registry: Registry, ctx: ResolveContext, origin: str) -> Choice[Accele
     offers = [offer for offer in collect_candidates(registry, _HOOK, ctx) if offer.auto]
     best = pick([offer for offer in offers if offer.available], "accelerator")
     chosen = _create(best, origin, best.reason, registry)
-    _tell_of_better_plugin(chosen.value)
+    _tell_of_better_plugin(chosen)
     return chosen
 
 
@@ -110,16 +112,18 @@ def _available_text(registry: Registry, ctx: ResolveContext) -> str:
     return f"Available here: {', '.join(names)}."
 
 
-def _tell_of_better_plugin(accelerator: Accelerator) -> None:
-    """A device that only the generic accelerator serves, or none at all, deserves its own plugin: say which."""
-    if accelerator.name() not in ("generic", "cpu"):
-        return
-    import torch
-
-    device = torch.accelerator.current_accelerator() if accelerator.name() == "generic" else None
+def _tell_of_better_plugin(chosen: Choice[Accelerator]) -> None:
+    """Where torch reports a device that only core serves, or nobody: name the package that is made for it."""
+    device = accelerator_of_torch()
     hint = device_hint(device.type) if device is not None else None
-    if hint is not None and device is not None:
+    if device is None or hint is None or chosen.ref is None or chosen.ref.dist != CORE:
+        return
+    if chosen.value.device_type() == device.type:
         rank_zero_info(
-            f"torch reports {device.type} devices; the generic accelerator serves them. "
-            f"For all that {device.type} offers: pip install {hint}"
+            f"Using {device.type} through accelerator={chosen.name!r}. For all it offers: pip install {hint}"
+        )
+    else:
+        rank_zero_warn(
+            f"torch reports {device.type} devices, but no plugin that is installed serves them, so this runs on "
+            f"{chosen.value.device_type()}: pip install {hint}"
         )

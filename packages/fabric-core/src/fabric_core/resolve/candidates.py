@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fabric_core.abc.choosing import Candidate, ResolveContext
-from fabric_core.errors import AmbiguousPluginError
+from fabric_core.errors import AmbiguousPluginError, UsageError
 from fabric_core.registry import Registry
 
 
@@ -22,11 +22,14 @@ def collect_candidates(registry: Registry, hook: str, ctx: ResolveContext) -> li
 
 
 def pick(offers: list[Candidate], what: str) -> Candidate:
-    """The offer of the highest priority; ``offers`` is not empty.
+    """The offer of the highest priority.
 
     Raises:
+        UsageError: there is none.
         AmbiguousPluginError: two share the highest priority.
     """
+    if not offers:
+        raise UsageError(f"No plugin offers a {what} here. `fabric plugins list` shows which are broken or kept out.")
     ranked = sorted(offers, key=lambda offer: -offer.priority)
     if len(ranked) > 1 and ranked[0].priority == ranked[1].priority:
         names = ", ".join(repr(offer.name) for offer in ranked if offer.priority == ranked[0].priority)

@@ -16,6 +16,7 @@ from fabric_core.resolve.plan import Plan
 from fabric_core.resolve.precision import choose_precision
 from fabric_core.resolve.request import DEFAULTS, Request
 from fabric_core.resolve.strategy import choose_strategy
+from fabric_core.warnings import possible_user_warning
 
 if TYPE_CHECKING:
     from fabric_core.abc.checkpoint import CheckpointIO
@@ -47,17 +48,29 @@ def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, regist
     known["accelerator"] = accelerator.name
     devices = choose_devices(request, objects, accelerator.value, environment.value)
     known["num_devices"] = len(devices.value)
-    strategy = choose_strategy(request, registry, ResolveContext(**known))
+    strategy = choose_strategy(request, accelerator.value, registry, ResolveContext(**known))
     known["strategy"] = strategy.name
-    device_type = accelerator.value.device_type()
-    precision = choose_precision(request, objects, strategy.value, device_type, registry, ResolveContext(**known))
+    precision = choose_precision(request, objects, strategy.value, accelerator.value, registry, ResolveContext(**known))
     plan = Plan(
         environment, accelerator, devices, num_nodes, strategy, precision, _checkpoint_io(objects), request.interactive
     )
     check_plan(plan, registry)
     if strategy.value.multiple_devices:
         environment.value.validate_settings(len(devices.value), num_nodes.value)
+    else:
+        _warn_of_strangers(plan)
     return plan
+
+
+def _warn_of_strangers(plan: Plan) -> None:
+    """Several processes were started, and the strategy makes each of them a job of its own."""
+    environment = plan.environment.value
+    if environment.creates_processes_externally and environment.world_size() > 1:
+        possible_user_warning(
+            f"{environment.world_size()} processes were started, but strategy={plan.strategy.name!r} on one device "
+            "makes each a job of its own: every one is rank 0 and writes the checkpoints. For one job leave devices "
+            'out, or use strategy="ddp".'
+        )
 
 
 def _checkpoint_io(objects: Objects) -> Choice[CheckpointIO] | None:

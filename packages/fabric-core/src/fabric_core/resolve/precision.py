@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fabric_core.abc.accelerator import Accelerator
 from fabric_core.abc.choosing import ResolveContext
 from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
@@ -17,7 +18,12 @@ from fabric_core.resolve.request import Request
 
 
 def choose_precision(
-    request: Request, objects: Objects, strategy: Strategy, device_type: str, registry: Registry, ctx: ResolveContext
+    request: Request,
+    objects: Objects,
+    strategy: Strategy,
+    accelerator: Accelerator,
+    registry: Registry,
+    ctx: ResolveContext,
 ) -> Choice[Precision]:
     """The precision object.
 
@@ -32,14 +38,15 @@ def choose_precision(
     if isinstance(asked.value, type) and issubclass(asked.value, Precision):
         return Choice(registry.create("precision", asked.value), asked.value.__name__, asked.origin)
     name, origin, reason = _name(request, registry, ctx)
-    if name == "16-mixed" and device_type == "cpu" and strategy.precision_family is None:
+    substitute = accelerator.instead_of.get(name) if strategy.precision_family is None else None
+    if substitute is not None:
         rank_zero_warn(
-            "precision='16-mixed' does not run on cpu: using 'bf16-mixed' instead. Pass precision='bf16-mixed' to "
-            "silence this."
+            f"precision={name!r} does not run on accelerator={ctx.accelerator!r}: using {substitute!r} instead. Pass "
+            f"precision={substitute!r} to silence this."
         )
-        name, reason = "bf16-mixed", "'16-mixed' does not run on cpu"
+        name, reason = substitute, f"{name!r} does not run on {ctx.accelerator}"
     ref = _find(name, strategy.precision_family, registry)
-    value = registry.create("precision", ref, precision=name, device=device_type)
+    value = registry.create("precision", ref, precision=name, device=accelerator.device_type())
     if not isinstance(value, Precision):
         raise InvalidTypeError(
             f"precision={name!r} ({plugin_text(ref)}) made a {type(value).__name__}, which is no "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
+from fabric_core.abc.accelerator import Accelerator
 from fabric_core.abc.choosing import ResolveContext
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidTypeError
@@ -12,13 +13,10 @@ from fabric_core.registry import Registry
 from fabric_core.resolve.choice import Choice, plugin_text
 from fabric_core.resolve.request import Request
 
-_SUBSTITUTES: Final[dict[tuple[str, str], str]] = {
-    ("cpu", "dp"): "ddp",
-}
-"""(accelerator, strategy) that cannot work together, and what is taken instead, with a warning."""
 
-
-def choose_strategy(request: Request, registry: Registry, ctx: ResolveContext) -> Choice[Strategy]:
+def choose_strategy(
+    request: Request, accelerator: Accelerator, registry: Registry, ctx: ResolveContext
+) -> Choice[Strategy]:
     """The strategy object, not connected to any device.
 
     Raises:
@@ -40,7 +38,7 @@ def choose_strategy(request: Request, registry: Registry, ctx: ResolveContext) -
     if name.lower() == "auto":
         origin = asked.origin if asked.given else "auto"
         name, reason = _suggest(registry, ctx)
-    substitute = _SUBSTITUTES.get((str(ctx.accelerator), name.lower()))
+    substitute = accelerator.instead_of.get(name.lower())
     if substitute is not None:
         rank_zero_warn(
             f"strategy={name!r} does not run on accelerator={ctx.accelerator!r}: using {substitute!r} instead. "

@@ -88,7 +88,6 @@ class Strategy(StrategyContract):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "launcher": None}  # a spawned worker starts no processes of its own
 
-    # -- life cycle ----------------------------------------------------------------------------------------------
     def connect(
         self, *, devices: list[torch.device], num_nodes: int, environment: ClusterEnvironment, interactive: bool
     ) -> None:
@@ -109,7 +108,6 @@ class Strategy(StrategyContract):
             if self._precision is not None:
                 stack.callback(self._precision.teardown)
 
-    # -- wrapping ------------------------------------------------------------------------------------------------
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
@@ -142,7 +140,6 @@ class Strategy(StrategyContract):
         """New parameters are on the device, in the precision's dtype; ``empty_init`` skips their initialisation."""
         return _entered(self.root_device, self.precision.module_init_context(), EmptyInit(bool(empty_init)))
 
-    # -- data ----------------------------------------------------------------------------------------------------
     def process_dataloader(self, dataloader: Any) -> Any:
         """Replace a data loader by one that the devices feed from faster; by default the same."""
         return dataloader
@@ -151,7 +148,6 @@ class Strategy(StrategyContract):
         """Everything in ``batch`` that has ``.to``, on ``device`` or the root device."""
         return move_data_to_device(batch, device or self.root_device)
 
-    # -- stepping ------------------------------------------------------------------------------------------------
     @property
     def changes_backward(self) -> bool:
         """Whether this class or the precision brings its own backward."""
@@ -198,7 +194,6 @@ class Strategy(StrategyContract):
         """Whether all ranks (or any, with ``all=False``) decided True. Every rank calls it."""
         return decision
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict, keys without any wrapper's prefix."""
         return module.state_dict()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fabric_core.distributed.group import DEFAULT_TIMEOUT, default_backend, is_initialized, join_group
+from fabric_core.distributed.group import DEFAULT_TIMEOUT, default_backend, is_initialized, join_group, leave_group
 from fabric_core.distributed.objects import broadcast_object
 from fabric_core.distributed.tensors import gather_tensor, reduce_tensor
 from fabric_core.errors import UsageError
@@ -57,8 +57,8 @@ class ParallelStrategy(Strategy):
         self._process_group_backend = process_group_backend
         self.timeout = timeout or DEFAULT_TIMEOUT
         self.num_nodes = 1
+        self._joined = False
 
-    # -- where ---------------------------------------------------------------------------------------------------
     @property
     def global_rank(self) -> int:
         """Rank among all processes."""
@@ -94,6 +94,12 @@ class ParallelStrategy(Strategy):
         """The device of this process: the one at its local rank."""
         if not self.parallel_devices:
             raise UsageError(f"{type(self).__name__} has no devices yet: they are resolved by Fabric(...).")
+        if self.local_rank >= len(self.parallel_devices):
+            raise UsageError(
+                f"This process has local rank {self.local_rank}, but devices= gives this node "
+                f"{len(self.parallel_devices)}. Start as many processes as there are devices, or pass "
+                f"devices={self.local_rank + 1}."
+            )
         return self.parallel_devices[self.local_rank]
 
     @property
@@ -107,7 +113,6 @@ class ParallelStrategy(Strategy):
         declared = self.accelerator.process_group_backend if self.accelerator is not None else None
         return self._process_group_backend or declared or default_backend(self.root_device)
 
-    # -- life cycle ----------------------------------------------------------------------------------------------
     def connect(
         self, *, devices: list[torch.device], num_nodes: int, environment: ClusterEnvironment, interactive: bool
     ) -> None:
@@ -133,14 +138,17 @@ class ParallelStrategy(Strategy):
         reset_seed()
         if self.cluster_environment is None:
             raise UsageError(f"{type(self).__name__} has no cluster environment yet: Fabric(...) detects it.")
-        join_group(self.cluster_environment, self.process_group_backend, self.timeout, self.root_device)
+        self._joined = join_group(self.cluster_environment, self.process_group_backend, self.timeout, self.root_device)
         rank_zero_only.rank = self.global_rank
 
     def teardown(self) -> None:
-        """Tear down the parts and the environment."""
+        """Tear down the parts, leave the process group if this strategy joined it, and tear down the environment."""
         try:
             super().teardown()
         finally:
+            if self._joined:
+                leave_group()
+                self._joined = False
             if self.cluster_environment is not None:
                 self.cluster_environment.teardown()
 
@@ -148,7 +156,6 @@ class ParallelStrategy(Strategy):
         """Move parameters and buffers, in place."""
         module.to(self.root_device)
 
-    # -- collectives ---------------------------------------------------------------------------------------------
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Shape ``(...)`` on each rank to ``(group size, ...)`` on every rank."""
         return gather_tensor(tensor, group, sync_grads) if is_initialized() else tensor

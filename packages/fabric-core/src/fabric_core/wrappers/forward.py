@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from fabric_core.abc.overrides import overrides
 from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
-from fabric_core.collections import apply_to_collection
+from fabric_core.collections import for_each
 from fabric_core.errors import UsageError
 from fabric_core.wrappers.compile import step_over
 
@@ -56,7 +56,7 @@ class GuardedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward."""
         output = self.forward(*args, **kwargs)
-        apply_to_collection(output, Tensor, _guard_backward)
+        for_each(output, Tensor, _guard_backward)
         return output
 
 
@@ -144,9 +144,13 @@ def guarded_method(original: nn.Module, name: str, method: Callable[..., Any]) -
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         thread = threading.get_ident()
+        parts: set[int] = set()
 
         def check(module: nn.Module, _: Any) -> None:
-            if threading.get_ident() == thread and any(module is part for part in original.modules()):
+            if threading.get_ident() != thread:
+                return
+            parts.update(map(id, original.modules()) if not parts else ())
+            if id(module) in parts:
                 raise UsageError(
                     f"{type(original).__name__}.{name}() runs parts of the module, but past the strategy's wrapper, "
                     "so that gradients would not be exchanged. Mark it once after setup: "

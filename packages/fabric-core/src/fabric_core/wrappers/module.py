@@ -15,6 +15,7 @@ from fabric_core.errors import InvalidArgumentError, InvalidTypeError
 from fabric_core.wrappers.compile import is_compiled
 from fabric_core.wrappers.forward import guarded_method, make_forward, redirected_method
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DEFAULT_FORWARD_METHODS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
 
 
@@ -34,6 +35,7 @@ class FabricModule(nn.Module):
         own = self.__dict__
         own["_original_module"] = original_module if original_module is not None else forward_module
         own["_strategy"] = strategy
+        own["training"] = own["_original_module"].training
         own["_forward_methods"] = set(DEFAULT_FORWARD_METHODS)
         # A sub-module, so that train(), eval(), to() and apply() reach it and, through it, the original.
         self._modules["_forward_module"] = forward_module
@@ -70,7 +72,6 @@ class FabricModule(nn.Module):
                     return tensor
         return None
 
-    # -- calling -------------------------------------------------------------------------------------------------
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward. Hooks registered on this object run; without any, nothing stands between call and module."""
         if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
@@ -104,7 +105,6 @@ class FabricModule(nn.Module):
             raise AttributeError(f"{type(self._original_module).__name__} has no method {name!r} to mark.")
         self._forward_methods.add(name)
 
-    # -- parts: those registered here belong to the original, where its state dict finds them -------------------
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Register a buffer of the original module."""
         self._original_module.register_buffer(name, tensor, persistent)
@@ -117,7 +117,6 @@ class FabricModule(nn.Module):
         """Register a part of the original module; so does ``register_module``."""
         self._original_module.add_module(name, module)
 
-    # -- state ---------------------------------------------------------------------------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The original module's state dict."""
         state: dict[str, Any] = self._original_module.state_dict(*args, **kwargs)
@@ -135,7 +134,6 @@ class FabricModule(nn.Module):
         """The original module's buffers, under its own names."""
         return self._original_module.named_buffers(*args, **kwargs)  # type: ignore[no-any-return]
 
-    # -- attributes ----------------------------------------------------------------------------------------------
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         original = own.get("_original_module")
@@ -166,6 +164,8 @@ class FabricModule(nn.Module):
             copy.deepcopy(self._forward_module, memo), self._strategy, copy.deepcopy(self._original_module, memo)
         )
         copied._forward_methods.update(self._forward_methods)
+        for hooks in _HOOKS:
+            copied.__dict__[hooks] = copy.copy(self.__dict__[hooks])
         return copied
 
     def __delattr__(self, name: str) -> None:

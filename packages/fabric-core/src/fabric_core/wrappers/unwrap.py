@@ -34,6 +34,11 @@ def unwrap(obj: Any) -> Any:
     return inner
 
 
+def unwrap_values(state: dict[str, Any]) -> dict[str, Any]:
+    """A dict with the values of ``state``: what is inside those that Fabric wrapped, all others as they are."""
+    return {name: unwrap(value) for name, value in state.items()}
+
+
 def unwrap_objects(collection: Any) -> Any:
     """``collection`` with everything that Fabric wrapped replaced by what is inside, at any depth."""
     return apply_to_collection(collection, (nn.Module, Optimizer, DataLoader, *_COVERS), unwrap)
