@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fabric_core.checkpoint.paths import get_filesystem, is_http, is_local_file_protocol, is_remote, join, resolve
+from fabric_core.checkpoint.paths import get_filesystem, is_http, is_local_file_protocol, is_remote, resolve
 from fabric_core.errors import InvalidArgumentError
 
 
@@ -25,11 +25,6 @@ def test_a_file_url_is_a_local_path():
     assert is_local_file_protocol("file:///a/b%20c")
     assert resolve("file:///a/b%20c") == "/a/b c"
     assert not is_local_file_protocol("/a/file")
-
-
-def test_joining_keeps_both_slashes():
-    assert join("gs://bucket/a/", "b", "c.pt") == "gs://bucket/a/b/c.pt"
-    assert Path(join("a", "b")) == Path("a", "b")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pathlib turns the slashes there")

@@ -10,6 +10,9 @@ from torch.optim import lr_scheduler as schedulers
 
 from fabric_core import Fabric
 
+# What SequentialLR of torch 2.6 says of itself, on a bare optimizer too.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 KINDS = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.5**epoch),
     "StepLR": lambda o: schedulers.StepLR(o, step_size=1, gamma=0.5),

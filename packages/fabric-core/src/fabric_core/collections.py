@@ -279,7 +279,7 @@ def convert_to_tensors(data: Any, device: Device, contiguous: bool = True) -> An
             moved: Tensor = value.to(device)
             return moved.contiguous() if contiguous else moved
         if arrays and isinstance(value, arrays):
-            tensor = torch.as_tensor(value, device=device).contiguous()
+            tensor = torch.as_tensor(numpy.asarray(value), device=device).contiguous()  # torch 2.6 takes no scalars
             return tensor.to(torch.uint8) if tensor.dtype is torch.bool and not value.ndim else tensor
         return torch.tensor(value, dtype=torch.uint8 if isinstance(value, bool) else None, device=device)
 
