@@ -10,7 +10,5 @@ from plugin_site import PluginSite, site  # noqa: F401 - a fixture
 @pytest.fixture
 def registry(site: PluginSite) -> Registry:  # noqa: F811
     """Reads what is installed, with core's plugins and a table in which ``acme*`` belongs to ``fabric-acme``."""
-    known = Known(
-        names={"strategy": {"acme": "fabric-acme", "acme_*": "fabric-acme"}}, devices={}, minimum={"fabric-old": "2.0"}
-    )
+    known = Known(names={"strategy": {"acme": "fabric-acme", "acme_*": "fabric-acme"}}, minimum={"fabric-old": "2.0"})
     return Registry(known=known, hook_modules={})

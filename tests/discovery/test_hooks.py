@@ -258,3 +258,10 @@ def test_the_specification_is_one_that_pluggy_accepts() -> None:
     manager = pluggy.PluginManager("fabric")
     manager.add_hookspecs(HookSpecs)
     manager.check_pending()
+
+
+def test_an_error_in_a_hook_of_core_is_not_excused(site: PluginSite) -> None:
+    site.module("core_hooks", GOOD.replace("told.append(fabric)", "raise LookupError('ours')"))
+    registry = Registry([], hook_modules={"fabric-core.x": "core_hooks"})
+    with pytest.raises(LookupError, match="ours"):
+        registry.hooks.fabric_on_init(fabric="me")

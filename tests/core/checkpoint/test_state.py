@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 import io
 import pathlib
 import warnings
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from fabric_core import Fabric
 from fabric_core.checkpoint.safe_types import check_readable
 from fabric_core.checkpoint.state import check_keys, collect_state, move_state_into, validate_filter
 from fabric_core.errors import CheckpointKeyError
+from fabric_core.rank_zero import rank_zero_only
 
 
 class Counter:
@@ -160,3 +163,16 @@ def test_moving_state_loads_objects_and_replaces_values():
     source, destination = {"c": {"count": 4}, "n": 2, "rest": 1}, {"c": Counter(), "n": 0}
     move_state_into(source, destination, ["c", "n"])
     assert (destination["c"].count, destination["n"], source) == (4, 2, {"rest": 1})
+
+
+def test_the_warning_names_the_users_line(tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with pytest.warns(UserWarning, match="refused by safe loading") as record:
+        fabric.save(tmp_path / "x.ckpt", {"when": datetime.date(2026, 1, 1)})
+    assert record[0].filename == __file__
+
+
+def test_one_rank_warns_for_all(recwarn):
+    rank_zero_only.rank = 1
+    check_readable({"when": datetime.date(2026, 1, 1)})
+    assert not recwarn

@@ -5,7 +5,10 @@ import pickle
 import socket
 
 import pytest
+import torch
 
+from fabric_core import Fabric
+from fabric_core.distributed.group import leave_group
 from fabric_core.environments.default import LightningEnvironment, find_free_network_port
 from fabric_core.environments.hooks import fabric_environment_candidates
 from fabric_core.environments.torchelastic import TorchElasticEnvironment
@@ -128,3 +131,39 @@ def test_torchrun_is_preferred_where_it_is_there(variables):
     offers = fabric_environment_candidates(None)
     assert [(offer.name, offer.available) for offer in offers] == [("torchelastic", True), ("default", True)]
     assert offers[0].priority > offers[1].priority
+
+
+@pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "10.0.0.1"}, {"MASTER_PORT": 29400}])
+def test_several_nodes_must_be_told_where_rank_0_is(variables, given):
+    variables(**given)
+    with pytest.raises(ValueError, match="num_nodes=2, but MASTER_ADDR and MASTER_PORT are not both set") as error:
+        LightningEnvironment().validate_settings(1, 2)
+    assert "NODE_RANK=0 python train.py" in str(error.value)
+
+
+def test_several_nodes_that_were_told_are_fine(variables):
+    variables(MASTER_ADDR="10.0.0.1", MASTER_PORT=29400)
+    LightningEnvironment().validate_settings(1, 2)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("LOCAL_WORLD_SIZE", 2), ("WORLD_SIZE", 4)])
+def test_processes_started_by_hand_must_be_as_many_as_asked_for(variables, name, expected):
+    where = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 29400}
+    variables(**where, LOCAL_RANK=0, **{name: expected})
+    LightningEnvironment().validate_settings(2, 2)
+    variables(**where, LOCAL_RANK=0, **{name: 3})
+    with pytest.raises(InvalidArgumentError, match=f"{name}=3 that there are 3 where {expected} were expected"):
+        LightningEnvironment().validate_settings(2, 2)
+    variables(**where, **{name: 3})
+    LightningEnvironment().validate_settings(2, 2)
+
+
+def test_one_process_leaves_the_environment_as_it_was(variables):
+    variables()
+    before = dict(os.environ)
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="ddp")
+    fabric.launch()
+    assert fabric.all_reduce(torch.ones(1), reduce_op="sum").item() == 1
+    fabric.teardown()
+    leave_group()
+    assert dict(os.environ) == before

@@ -16,6 +16,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_variable_stands_in_for_an_argument(name, monkeypatch):
     variable, text, shown = CASES[name]
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")  # several nodes must be told
+    monkeypatch.setenv("MASTER_PORT", "29400")
     monkeypatch.setenv(variable, text)
     row = Fabric().plan.as_dict()[name]
     assert (row["value"], row["origin"]) == (shown, f"{variable}={text}")

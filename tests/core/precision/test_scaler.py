@@ -155,3 +155,13 @@ def test_gradients_accumulate_in_the_scaled_domain():
         fabric.backward(loss(model))
     optimizer.step()
     assert torch.allclose(before - model.weight, torch.full((1, 2), 3.0))
+
+
+def test_gradients_are_unscaled_anew_after_each_step():
+    fabric, model, optimizer, precision = prepared()
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(loss(model))
+        assert model.weight.grad.tolist() == [[precision.scaler.get_scale()] * 2]
+        assert fabric.clip_gradients(model, optimizer, max_norm=100.0).item() == pytest.approx(2**0.5)
+        optimizer.step()

@@ -93,7 +93,9 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("arguments", "expected"), PLANS.values(), ids=PLANS)
-def test_decisions_with_origin_and_reason(arguments, expected):
+def test_decisions_with_origin_and_reason(arguments, expected, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")  # where there are several nodes
+    monkeypatch.setenv("MASTER_PORT", "29400")
     plugins = arguments.get("plugins")
     plan = resolve({k: v for k, v in arguments.items() if k != "plugins"}, plugins).as_dict()
     for name, wanted in expected.items():

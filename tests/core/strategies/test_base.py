@@ -129,6 +129,7 @@ def test_single_device_has_nobody_to_talk_to():
 def test_parallel_strategies_ask_the_environment_for_ranks(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("NODE_RANK", "2")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1234")
     strategy = Fabric(accelerator="cpu", devices=2, num_nodes=3, strategy="ddp").strategy
     assert (strategy.local_rank, strategy.node_rank, strategy.global_rank, strategy.world_size) == (1, 2, 5, 6)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from fabric_core.keywords import accepted
 from fabric_core.rank_zero import rank_zero_warn
 
 
@@ -20,14 +20,4 @@ def call_hook(callbacks: Iterable[Any], name: str, args: tuple[Any, ...], kwargs
                 f"{type(callback).__name__}.{name} is a {type(hook).__name__}, not a method, so fabric.call() skips it."
             )
             continue
-        hook(*args, **_accepted(hook, kwargs))
-
-
-def _accepted(hook: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(hook).parameters
-    except (ValueError, TypeError):  # some builtins show no signature: trust the caller
-        return kwargs
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return kwargs
-    return {name: value for name, value in kwargs.items() if name in parameters}
+        hook(*args, **accepted(hook, kwargs))

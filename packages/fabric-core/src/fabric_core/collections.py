@@ -271,7 +271,7 @@ def convert_to_tensors(data: Any, device: Device, contiguous: bool = True) -> An
     on the device stay the objects they are, whatever their strides.
     """
     device = torch.device(device)
-    numpy = sys.modules.get("numpy")  # data can hold its arrays only if the program has imported it
+    numpy: Any = sys.modules.get("numpy")  # data can hold its arrays only if the program has imported it
     arrays = () if numpy is None else (numpy.ndarray, numpy.generic)
 
     def convert(value: Any) -> Tensor:

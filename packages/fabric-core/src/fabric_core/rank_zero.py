@@ -40,6 +40,11 @@ class RankZeroOnly:
         self._rank: int | None = None
 
     @property
+    def known_rank(self) -> int | None:
+        """The rank as far as it is known by now; asking does not look it up. ``rank`` may be set to it later."""
+        return self._rank
+
+    @property
     def rank(self) -> int:
         """This process's rank: what was assigned, else what the environment says at the first use, else 0."""
         if self._rank is None:

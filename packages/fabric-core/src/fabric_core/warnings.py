@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import FrameType
 
 from fabric_core.settings import POSSIBLE_USER_WARNINGS
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class PossibleUserWarning(UserWarning):
@@ -27,6 +31,18 @@ def possible_user_warning(message: str, stacklevel: int = 1) -> None:
     """
     if POSSIBLE_USER_WARNINGS.flag():
         warnings.warn(message, PossibleUserWarning, stacklevel=stacklevel + 1)
+
+
+def user_stacklevel() -> int:
+    """The ``stacklevel`` with which the calling function, if it warns, names the first line outside this package.
+
+    For code that is reached by ways of different length; where there is one way, a number says it better.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def disable_possible_user_warnings(module: str = "") -> None:

@@ -17,8 +17,9 @@ After ``pip install``, ``Fabric(strategy="my-plugin")`` finds it. The groups are
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import name_table
 
 if TYPE_CHECKING:
     from fabric_core.abc.accelerator import Accelerator as Accelerator
@@ -33,24 +34,15 @@ if TYPE_CHECKING:
 API_LEVEL = "1"
 """The version of the contracts. Within a level, changes are additions only."""
 
-_HOME = {
-    "Accelerator": "accelerator",
-    "CheckpointIO": "checkpoint",
-    "ClusterEnvironment": "environment",
-    "GradientSync": "strategy",
-    "Launcher": "launcher",
-    "Logger": "logger",
-    "Precision": "precision",
-    "Strategy": "strategy",
+_TABLE = {
+    "Accelerator": "fabric_core.abc.accelerator:Accelerator",
+    "CheckpointIO": "fabric_core.abc.checkpoint:CheckpointIO",
+    "ClusterEnvironment": "fabric_core.abc.environment:ClusterEnvironment",
+    "GradientSync": "fabric_core.abc.strategy:GradientSync",
+    "Launcher": "fabric_core.abc.launcher:Launcher",
+    "Logger": "fabric_core.abc.logger:Logger",
+    "Precision": "fabric_core.abc.precision:Precision",
+    "Strategy": "fabric_core.abc.strategy:Strategy",
 }
-__all__ = ["API_LEVEL", *sorted(_HOME)]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = name_table(__name__, _TABLE)
+__all__ = ["API_LEVEL", *sorted(_TABLE)]

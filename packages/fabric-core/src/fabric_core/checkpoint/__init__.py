@@ -16,8 +16,9 @@ module, which has the same name.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import name_table
 
 if TYPE_CHECKING:
     from fabric_core.checkpoint.commit import publish as publish
@@ -30,25 +31,16 @@ if TYPE_CHECKING:
     from fabric_core.checkpoint.torch_io import TorchCheckpointIO as TorchCheckpointIO
     from fabric_core.checkpoint.write import write_checkpoint as write_checkpoint
 
-_HOME = {
-    "OpenCheckpoint": "lazy",
-    "TorchCheckpointIO": "torch_io",
-    "check_keys": "state",
-    "collect_state": "state",
-    "get_filesystem": "paths",
-    "move_state_into": "state",
-    "publish": "commit",
-    "validate_filter": "state",
-    "write_checkpoint": "write",
+_TABLE = {
+    "OpenCheckpoint": "fabric_core.checkpoint.lazy:OpenCheckpoint",
+    "TorchCheckpointIO": "fabric_core.checkpoint.torch_io:TorchCheckpointIO",
+    "check_keys": "fabric_core.checkpoint.state:check_keys",
+    "collect_state": "fabric_core.checkpoint.state:collect_state",
+    "get_filesystem": "fabric_core.checkpoint.paths:get_filesystem",
+    "move_state_into": "fabric_core.checkpoint.state:move_state_into",
+    "publish": "fabric_core.checkpoint.commit:publish",
+    "validate_filter": "fabric_core.checkpoint.state:validate_filter",
+    "write_checkpoint": "fabric_core.checkpoint.write:write_checkpoint",
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = name_table(__name__, _TABLE)
+__all__ = sorted(_TABLE)

@@ -51,7 +51,10 @@ def publish(path: Path, *, anonymous: bool = True) -> Iterator[BinaryIO]:
             yield file
         return
     target = os.path.realpath(resolve(path))
-    if _is_special(target):
+    mode = _mode_of(target)
+    if mode is not None:
+        _refuse_protected(target, mode)
+    if mode is not None and not stat.S_ISREG(mode):
         with open(target, "wb") as file:  # a device or a pipe must not be replaced by a file
             yield file
         return
@@ -85,8 +88,10 @@ class _Draft:
 
     def publish(self) -> None:
         """Make the file the target."""
-        with suppress(FileNotFoundError):
-            os.chmod(self.file.fileno() if os.chmod in os.supports_fd else self._name or "", _mode_of(self._target))
+        mode = _mode_of(self._target)
+        if mode is not None:
+            named = self.file.fileno() if os.chmod in os.supports_fd else self._name or ""
+            os.chmod(named, stat.S_IMODE(mode))
         self.file.flush()
         _to_disk(self.file.fileno())
         if self._name is None:
@@ -162,12 +167,8 @@ def _new_name(target: str) -> str:
     return os.path.join(os.path.dirname(target), f"{_prefix(target)}{secrets.token_hex(8)}{_SUFFIX}")
 
 
-def _is_special(target: str) -> bool:
-    """Whether something other than a plain file is there. Refuses folders and files that must not be written."""
-    try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        return False
+def _refuse_protected(target: str, mode: int) -> None:
+    """``OSError`` for a folder, and for a file that must not be written; ``mode`` is the target's."""
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(
             errno.EISDIR, "A checkpoint file cannot replace a folder. Choose another name, or remove the folder", target
@@ -176,11 +177,14 @@ def _is_special(target: str) -> bool:
         target, os.W_OK, effective_ids=os.access in os.supports_effective_ids
     ):  # a rename would succeed, but whoever protected the file meant it
         raise PermissionError(errno.EACCES, "The checkpoint to replace is write-protected", target)
-    return not stat.S_ISREG(mode)
 
 
-def _mode_of(target: str) -> int:
-    return stat.S_IMODE(os.stat(target).st_mode)
+def _mode_of(target: str) -> int | None:
+    """Type and permissions of what is at ``target``, ``None`` if nothing is."""
+    try:
+        return os.stat(target).st_mode
+    except FileNotFoundError:
+        return None
 
 
 def _to_disk(fd: int) -> None:

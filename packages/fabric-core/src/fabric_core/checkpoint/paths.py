@@ -55,14 +55,6 @@ def is_http(path: Path) -> bool:
     return os.fspath(path).lower().startswith(("http://", "https://"))
 
 
-def join(path: Path, *parts: str) -> str:
-    """``parts`` below ``path``, with the separator that the kind of path uses."""
-    base = resolve(path)
-    if is_remote(base):
-        return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
-    return os.path.join(base, *parts)
-
-
 def get_filesystem(path: Path, **kwargs: Any) -> Any:
     """The fsspec file system that ``path`` lies on; ``kwargs`` are its options.
 

@@ -15,28 +15,22 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.checkpoint.keywords import supported
 from fabric_core.checkpoint.lazy import OpenCheckpoint
 from fabric_core.checkpoint.plan import Plan, plan_module, plan_optimizer
 from fabric_core.checkpoint.state import check_keys, is_stateful, module_state
 from fabric_core.errors import CheckpointError, InvalidTypeError
+from fabric_core.keywords import accepted
 
 if TYPE_CHECKING:
     from fabric_core.abc.checkpoint import CheckpointIO
     from fabric_core.types import Path
 
     ModuleLoader = Callable[[nn.Module, Mapping[str, Any], bool], None]
-    OptimizerLoader = Callable[[Optimizer, dict[str, Any]], None]
 
 
 def load_module(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
     """Put ``state_dict`` into the module."""
     module.load_state_dict(state_dict, strict=strict)
-
-
-def load_optimizer(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put ``state_dict`` into the optimizer."""
-    optimizer.load_state_dict(state_dict)
 
 
 def restore(
@@ -48,7 +42,6 @@ def restore(
     *,
     module_loader: ModuleLoader = load_module,
     module_state: Callable[[nn.Module], Mapping[str, Any]] = module_state,
-    optimizer_loader: OptimizerLoader = load_optimizer,
 ) -> dict[str, Any]:
     """Bring ``state`` to what the checkpoint says; return what was not asked for, as tensors in memory.
 
@@ -61,7 +54,6 @@ def restore(
         weights_only: ``None`` means True: no code from the file is run.
         module_loader: puts a state dict into a module, for strategies that wrap modules.
         module_state: gives the module's live state dict, with the keys that ``module_loader`` takes.
-        optimizer_loader: puts a state dict into an optimizer.
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
@@ -74,9 +66,9 @@ def restore(
             'For other objects: {"name": object}.'
         )
     if state is None or state == {}:
-        return io.load_checkpoint(path, **supported(io.load_checkpoint, weights_only=weights_only))
+        return io.load_checkpoint(path, **accepted(io.load_checkpoint, {"weights_only": weights_only}))
     with _opened(io, path, weights_only) as source:
-        loading = _Restoration(source, strict, module_loader, module_state, optimizer_loader)
+        loading = _Restoration(source, strict, module_loader, module_state)
         if not isinstance(state, dict):
             loading.put(state, source.content, loading.plan(state, source.content, "The file's content"))
             return {}
@@ -92,10 +84,9 @@ class _Restoration:
         strict: bool,
         module_loader: ModuleLoader,
         module_state: Callable[[nn.Module], Mapping[str, Any]],
-        optimizer_loader: OptimizerLoader,
     ) -> None:
         self.source, self.strict = source, strict
-        self.load_module, self.module_state, self.load_optimizer = module_loader, module_state, optimizer_loader
+        self.load_module, self.module_state = module_loader, module_state
 
     def run(self, state: dict[str, Any], path: Path) -> dict[str, Any]:
         """Restore by name; return the rest."""
@@ -130,8 +121,6 @@ class _Restoration:
         self.source.own(saved)
         if isinstance(target, nn.Module):
             self.load_module(target, saved, self.strict)
-        elif isinstance(target, Optimizer):
-            self.load_optimizer(target, saved)
         else:
             target.load_state_dict(saved)
 
@@ -144,7 +133,7 @@ def _opened(io: CheckpointIO, path: Path, weights_only: bool | None) -> Iterator
         with opened as source:
             yield source
     else:
-        yield OpenCheckpoint(io.load_checkpoint(path, **supported(io.load_checkpoint, weights_only=weights_only)))
+        yield OpenCheckpoint(io.load_checkpoint(path, **accepted(io.load_checkpoint, {"weights_only": weights_only})))
 
 
 def _can_open(kind: type[CheckpointIO]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Final
 
 import torch
@@ -12,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from fabric_core.checkpoint.tree import SAFE_LEAVES, leaves
 from fabric_core.errors import InvalidTypeError
+from fabric_core.rank_zero import rank_zero_warn
+from fabric_core.warnings import user_stacklevel
 
 _STORAGES: Final = (torch.UntypedStorage, torch.storage.TypedStorage)
 
@@ -19,9 +20,9 @@ _STORAGES: Final = (torch.UntypedStorage, torch.storage.TypedStorage)
 def check_readable(plain: dict[str, Any]) -> None:
     """Refuse what is never meant to be stored whole, and warn of what safe loading will refuse.
 
-    ``InvalidTypeError`` for a data loader, and for a module or an optimizer inside a nested container. ``UserWarning``,
-    once for all places, for other objects: they can be read back only with ``weights_only=False``, unless their class
-    is passed to ``torch.serialization.add_safe_globals``, which also silences the warning.
+    ``InvalidTypeError`` for a data loader, and for a module or an optimizer inside a nested container. ``UserWarning``
+    on rank 0, once for all places, for other objects: they can be read back only with ``weights_only=False``, unless
+    their class is passed to ``torch.serialization.add_safe_globals``, which also silences the warning.
     """
     allowed = _allowed_types()
     doubtful: dict[str, str] = {}
@@ -35,11 +36,11 @@ def check_readable(plain: dict[str, Any]) -> None:
     if doubtful:
         shown = "; ".join(f"{place} is a {kind}" for place, kind in list(doubtful.items())[:5])
         more = f"; and {len(doubtful) - 5} more" if len(doubtful) > 5 else ""
-        warnings.warn(
+        rank_zero_warn(
             f"This checkpoint will be refused by safe loading: {shown}{more}. Convert to plain numbers, text, "
             "containers or tensors; or allow the class with torch.serialization.add_safe_globals([...]), in the "
             "program that loads too; or load with weights_only=False, which runs any code that the file holds.",
-            stacklevel=2,
+            stacklevel=user_stacklevel(),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fabric_core.checkpoint.keywords import supported
+from fabric_core.keywords import accepted
 
 if TYPE_CHECKING:
     from fabric_core.abc.checkpoint import CheckpointIO
@@ -17,6 +17,6 @@ def write_checkpoint(io: CheckpointIO, path: Path, state: dict[str, Any], storag
     An ``io`` whose ``save_checkpoint`` has no ``storage_options`` works as long as none are given.
     """
     if storage_options is None:
-        io.save_checkpoint(state, path, **supported(io.save_checkpoint, storage_options=None))
+        io.save_checkpoint(state, path, **accepted(io.save_checkpoint, {"storage_options": None}))
     else:
         io.save_checkpoint(state, path, storage_options=storage_options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from fabric_core.abc.hooks import ResolveContext
-from fabric_core.errors import PluginError, UnknownPluginError
+from fabric_core.errors import FabricError, PluginError, UnknownPluginError
 from fabric_core.precision.names import full_name
 from fabric_core.registry import get_registry
 
@@ -63,22 +65,19 @@ def processes_for(devices: str | None, accelerator: str | None) -> int:
 
 
 def _device_count(accelerator: str | None) -> int:
-    """What ``devices="auto"`` stands for, which only the accelerator knows, and loading that may import torch."""
-    from fabric_core.resolve.candidates import collect_candidates, pick
+    """What ``devices="auto"`` stands for, which only the accelerator knows: chosen as in the workers, with torch."""
+    from fabric_core.resolve.accelerator import choose_accelerator
+    from fabric_core.resolve.objects import Objects
+    from fabric_core.resolve.request import DEFAULTS, Asked, Request
 
-    registry = get_registry()
-    name = accelerator or "auto"
+    request = Request.gather(DEFAULTS)
+    if accelerator is not None:
+        request = replace(request, accelerator=Asked(accelerator, f"--accelerator {accelerator}", True))
     try:
-        if name == "auto" or name in _aliases():
-            offers = collect_candidates(registry, "fabric_accelerator_candidates", ResolveContext())
-            usable = [o for o in offers if o.available and (o.auto if name == "auto" else name in o.aliases)]
-            if not usable:
-                raise click.UsageError(f"--accelerator {name}: none is available here.")
-            name = pick(usable, "accelerator").name
-        target: type = registry.resolve("accelerator", name)  # type: ignore[assignment]
-        return int(target.auto_device_count())  # type: ignore[attr-defined]
-    except PluginError as error:
+        chosen = choose_accelerator(request, Objects(), get_registry(), ResolveContext())
+    except FabricError as error:
         raise click.UsageError(str(error)) from None
+    return chosen.value.auto_device_count()
 
 
 def _aliases() -> frozenset[str]:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,17 +23,11 @@ from fabric_core.launchers.failure import render
 from fabric_core.launchers.processes import Crew, Placement
 from fabric_core.launchers.supervisor import INTERRUPT_PATIENCE, Supervisor
 from fabric_core.launchers.threads import set_num_threads_if_needed
+from fabric_core.resolve.request import VARIABLES
 from fabric_core.settings import Setting
 
 _TERMINATION_PATIENCE: Final = 30.0  # whoever sends SIGTERM decides how long to wait, and kills
 _MULTI_NODE_PORT: Final = 29400
-_EXPORTED: Final[Mapping[str, Setting]] = {
-    "accelerator": settings.ACCELERATOR,
-    "strategy": settings.STRATEGY,
-    "devices": settings.DEVICES,
-    "num_nodes": settings.NUM_NODES,
-    "precision": settings.PRECISION,
-}
 
 
 class RunCommand(click.Command):
@@ -127,7 +121,7 @@ def job_from(target: Sequence[str], options: Mapping[str, Any]) -> Job:
     check_accelerator(options["accelerator"])
     check_name("strategy", options["strategy"])
     check_precision(options["precision"])
-    typed = {setting: options[name] for name, setting in _EXPORTED.items() if options[name] is not None}
+    typed = {setting: options[name] for name, setting in VARIABLES.items() if options[name] is not None}
     return Job(
         target=("-m", *target) if options["module"] else tuple(target),
         num_processes=processes_for(options["devices"], options["accelerator"]),
@@ -142,19 +136,15 @@ def job_from(target: Sequence[str], options: Mapping[str, Any]) -> Job:
 def start(job: Job) -> int:
     """Run the job's part on this node to its end; return the exit code."""
     set_num_threads_if_needed(job.num_processes)
-    reserved = reserve_port() if job.main_port is None else None
-    port = job.main_port if reserved is None else reserved.port
-    crew = Crew()
-    try:
+    with ExitStack() as stack:
+        port = stack.enter_context(reserve_port()).port if job.main_port is None else job.main_port
+        crew = Crew()
+        stack.callback(crew.close)
         with _signals_end(crew.supervisor):
             for local_rank in range(job.num_processes):
-                place = job.place(local_rank, port or 0)
+                place = job.place(local_rank, port)
                 crew.start(job.target, place, {**_torchrun_variables(place), **job.exported})
             outcome = crew.supervisor.watch()
-    finally:
-        crew.close()
-        if reserved is not None:
-            reserved.close()
     if outcome.first is not None and outcome.signal is None:
         sys.stderr.write(render(outcome.first, outcome.failures) + "\n")
     return outcome.exit_code

@@ -5,11 +5,11 @@ Importing this package imports nothing else; a name is loaded when it is first u
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import name_table
 
 if TYPE_CHECKING:
-    from fabric_core.data.attribute_dict import AttributeDict as AttributeDict
     from fabric_core.data.capture import capture_constructors as capture_constructors
     from fabric_core.data.epochs import set_sampler_epoch as set_sampler_epoch
     from fabric_core.data.lengths import has_iterable_dataset as has_iterable_dataset
@@ -21,29 +21,17 @@ if TYPE_CHECKING:
     from fabric_core.data.workers import auto_worker_init as auto_worker_init
     from fabric_core.data.workers import suggested_max_num_workers as suggested_max_num_workers
 
-_HOME = {
-    "AttributeDict": "attribute_dict",
-    "DistributedSamplerWrapper": "sampler",
-    "auto_worker_init": "workers",
-    "capture_constructors": "capture",
-    "distributed_loader": "sharding",
-    "has_iterable_dataset": "lengths",
-    "has_len": "lengths",
-    "reinstantiate": "rebuild",
-    "set_sampler_epoch": "epochs",
-    "sized_len": "lengths",
-    "suggested_max_num_workers": "workers",
+_TABLE = {
+    "DistributedSamplerWrapper": "fabric_core.data.sampler:DistributedSamplerWrapper",
+    "auto_worker_init": "fabric_core.data.workers:auto_worker_init",
+    "capture_constructors": "fabric_core.data.capture:capture_constructors",
+    "distributed_loader": "fabric_core.data.sharding:distributed_loader",
+    "has_iterable_dataset": "fabric_core.data.lengths:has_iterable_dataset",
+    "has_len": "fabric_core.data.lengths:has_len",
+    "reinstantiate": "fabric_core.data.rebuild:reinstantiate",
+    "set_sampler_epoch": "fabric_core.data.epochs:set_sampler_epoch",
+    "sized_len": "fabric_core.data.lengths:sized_len",
+    "suggested_max_num_workers": "fabric_core.data.workers:suggested_max_num_workers",
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = name_table(__name__, _TABLE)
+__all__ = sorted(_TABLE)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from fabric_core.cpus import usable_cpus
 from fabric_core.errors import InvalidArgumentError
 from fabric_core.seeding import worker_init_function
 from fabric_core.settings import SEED_WORKERS
@@ -26,7 +26,7 @@ def auto_worker_init(loader: DataLoader[Any], rank: int) -> None:
 def suggested_max_num_workers(local_world_size: int) -> int:
     """The most data loader workers that leave each of this node's processes a CPU: its share minus one, at least 1.
 
-    Only CPUs that this process may run on count, where the operating system tells.
+    Only CPUs that this process may use count, see ``usable_cpus``.
 
     Args:
         local_world_size: how many training processes run on this node.
@@ -34,10 +34,3 @@ def suggested_max_num_workers(local_world_size: int) -> int:
     if local_world_size < 1:
         raise InvalidArgumentError(f"local_world_size={local_world_size}: at least one process runs on this node.")
     return max(1, usable_cpus() // local_world_size - 1)
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may run on, all of the machine's where the operating system does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

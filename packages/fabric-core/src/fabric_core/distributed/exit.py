@@ -71,20 +71,20 @@ def protect_exit() -> None:
 
 def leave_cleanly() -> None:
     """Destroy the process group if there is one, and return once no thread of gloo has work left."""
-    group = sys.modules.get("torch.distributed")
-    if group is None or not group.is_available():
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available():
         return
-    if group.is_initialized():
-        _bounded(group)
+    if dist.is_initialized():
+        _leave_within_limit(dist)
     wait_for_idle_threads()
 
 
-def _bounded(group: Any) -> None:
+def _leave_within_limit(dist: Any) -> None:
     """Destroy the group in a thread, because some backends block here for as long as another rank is stuck."""
 
     def destroy() -> None:
         with suppress(Exception):  # a peer that died first makes this fail, which is no news at this point
-            group.destroy_process_group()
+            dist.destroy_process_group()
 
     helper = threading.Thread(target=destroy, name="fabric-leave-group", daemon=True)
     helper.start()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from fabric_core import settings
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.distributed.port import ReservedPort, reserve_port
-from fabric_core.errors import UsageError
+from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.rank_zero import rank_zero_only
 
 
@@ -93,9 +93,33 @@ class LightningEnvironment(ClusterEnvironment):
         """``LOCAL_WORLD_SIZE``, if processes were started from outside."""
         return settings.LOCAL_WORLD_SIZE.integer() if self.creates_processes_externally else None
 
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Refuse several nodes that cannot find each other, and another number of processes than were started.
+
+        Raises:
+            ValueError: says what to set.
+        """
+        if num_nodes > 1 and not (settings.MASTER_ADDR.is_set() and settings.MASTER_PORT.is_set()):
+            raise InvalidArgumentError(
+                f"num_nodes={num_nodes}, but MASTER_ADDR and MASTER_PORT are not both set, so the nodes cannot find "
+                "each other. On every node, set them to the address of node 0 and a free port there, and count the "
+                "nodes: MASTER_ADDR=10.0.0.1 MASTER_PORT=29400 NODE_RANK=0 python train.py. Or type on every node: "
+                f"fabric run --num-nodes {num_nodes} --node-rank 0 --main-address 10.0.0.1 train.py"
+            )
+        if not self.creates_processes_externally:
+            return
+        for setting, asked in (settings.LOCAL_WORLD_SIZE, num_devices), (settings.WORLD_SIZE, num_devices * num_nodes):
+            started = setting.integer()
+            if started is not None and started != asked:
+                raise InvalidArgumentError(
+                    f"Fabric was asked for devices={num_devices} and num_nodes={num_nodes}, but LOCAL_RANK says that "
+                    f"the processes were started already, and {setting.name}={started} that there are {started} where "
+                    f"{asked} were expected. Start as many as asked for, or ask for those there are: "
+                    'Fabric(devices="auto"). If none were started, unset LOCAL_RANK.'
+                )
+
     def teardown(self) -> None:
-        """Remove ``WORLD_SIZE``, and give the port back."""
-        settings.WORLD_SIZE.unset()
+        """Give the port back. Variables stay: they tell a rank its place for as long as the other processes live."""
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = self._port = None

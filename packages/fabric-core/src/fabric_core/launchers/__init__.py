@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import name_table
 
 if TYPE_CHECKING:
     from fabric_core.launchers.script import ScriptLauncher as ScriptLauncher
     from fabric_core.launchers.spawn import SpawnLauncher as SpawnLauncher
 
-_HOME = {"ScriptLauncher": "script", "SpawnLauncher": "spawn"}
-__all__ = ["ScriptLauncher", "SpawnLauncher"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+_TABLE = {
+    "ScriptLauncher": "fabric_core.launchers.script:ScriptLauncher",
+    "SpawnLauncher": "fabric_core.launchers.spawn:SpawnLauncher",
+}
+__getattr__, __dir__ = name_table(__name__, _TABLE)
+__all__ = sorted(_TABLE)

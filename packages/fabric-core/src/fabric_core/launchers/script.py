@@ -31,6 +31,9 @@ class ScriptLauncher(Launcher):
 
     If one process fails, the others end within a second, rank 0 included, with the first failure's exit code.
 
+    In each process ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ... tell its place, to the end of the process: the others
+    live as long, and a further launch finds them there. One process alone has no place, and no variable is set.
+
     Args:
         environment: the address of rank 0, and which node this is.
         num_processes: processes on this node.
@@ -55,8 +58,8 @@ class ScriptLauncher(Launcher):
         Raises:
             RuntimeError: there is no script that could be run again, as at a prompt or with ``python -c``.
         """
-        self.environment.validate_settings(self.num_processes, self.num_nodes)
-        if not self.environment.creates_processes_externally:
+        # Asked here again: since this object was made, another Fabric object of the program may have started them.
+        if self.num_processes * self.num_nodes > 1 and not self.environment.creates_processes_externally:
             self._start_others()
         return function(*args, **kwargs)
 
@@ -66,7 +69,6 @@ class ScriptLauncher(Launcher):
                 f"launch() was called in local rank {self.environment.local_rank()}, but only local rank 0 starts the "
                 "other processes. Unset LOCAL_RANK, or start every process in the same way."
             )
-        target = rerun_target()
         places = [
             Placement(
                 local_rank=local_rank,
@@ -79,6 +81,7 @@ class ScriptLauncher(Launcher):
             for local_rank in range(self.num_processes)
         ]
         if self.num_processes > 1:
+            target = rerun_target()
             crew = Crew()
             try:
                 for place in places[1:]:
@@ -129,8 +132,8 @@ class _RankZero:
         atexit.register(self._on_exit)
         self._thread.start()
 
-    # -- in the supervisor's thread --------------------------------------------------------------------------------
     def _watch(self) -> None:
+        """The supervisor's thread: wait for the workers' end, and end this process if one of them failed."""
         try:
             outcome = self._outcome = self._crew.supervisor.watch()
         finally:
@@ -159,9 +162,8 @@ class _RankZero:
                 self._stderr.write(render(outcome.first, outcome.failures) + "\n")
                 self._stderr.flush()
 
-    # -- in the main thread ----------------------------------------------------------------------------------------
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Take the workers down with this rank; show their failure instead, if theirs was first."""
+        """In the main thread: take the workers down with this rank; show their failure instead, if theirs was first."""
         if os.getpid() != self._pid:  # a forked child has inherited the hook, but no worker
             self._previous_hook(kind, error, trace)
             return

@@ -156,7 +156,6 @@ class Supervisor:
         for worker in self._alive.values():
             worker.kill()
 
-    # -- events --------------------------------------------------------------------------------------------------
     def _wait_for(self, worker: Worker) -> None:
         self._events.put(_Exited(worker, worker.wait()))
 

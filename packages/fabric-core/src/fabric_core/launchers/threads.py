@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 
+from fabric_core.cpus import usable_cpus
 from fabric_core.settings import OMP_NUM_THREADS
 
 
 def set_num_threads_if_needed(num_processes: int = 1) -> None:
-    """Share this machine's CPUs among ``num_processes``, unless ``OMP_NUM_THREADS`` already says how.
+    """Share the CPUs that this process may use among ``num_processes``, unless ``OMP_NUM_THREADS`` already says how.
 
     The number is exported for the processes that this one starts. torch is told if it is imported; otherwise it reads
     the variable when it is.
     """
     if OMP_NUM_THREADS.is_set():
         return
-    threads = max(1, _usable_cpus() // max(1, num_processes))
+    threads = max(1, usable_cpus() // max(1, num_processes))
     OMP_NUM_THREADS.set(threads)
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
-
-
-def _usable_cpus() -> int:
-    """The CPUs that this process may run on, which a container or a scheduler can restrict."""
-    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

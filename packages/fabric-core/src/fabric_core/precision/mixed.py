@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from fabric_core.abc.precision import Precision
@@ -47,6 +47,7 @@ class MixedPrecision(Precision):
         self.device = device
         self.compute_dtype = _DTYPES[precision]
         self.scaler = scaler or (GradScaler(device=device) if precision == "16-mixed" else None)
+        self._unscaled: set[Optimizer] = set()  # since the last step; a second time is an error
 
     @classmethod
     def float16(cls, device: str = "cpu") -> MixedPrecision:
@@ -95,6 +96,7 @@ class MixedPrecision(Precision):
             )
         output = self.scaler.step(optimizer, **kwargs)
         self.scaler.update()
+        self._unscaled.clear()  # as the scaler does, for all optimizers
         return output
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
@@ -106,8 +108,9 @@ class MixedPrecision(Precision):
                 f"Gradients of {type(optimizer).__name__} cannot be clipped under '16-mixed': this optimizer removes "
                 "the scale itself inside step(). Build it with fused=False, or use precision='bf16-mixed'."
             )
-        if self.scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.UNSCALED:
+        if optimizer not in self._unscaled:
             self.scaler.unscale_(optimizer)
+            self._unscaled.add(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state; empty for bfloat16."""

@@ -65,7 +65,7 @@ class HookManager:
     def load_core(self, modules: Mapping[str, str]) -> None:
         """Load core's own hook modules; they are not plugins, and their errors are not excused."""
         for label, value in modules.items():
-            self.add(import_value(value), label)
+            self.add(import_value(value), label, strict=True)
 
     def load(self, entries: Iterable[Entry], minimum: Mapping[str, str]) -> None:
         """Load the hook modules not loaded yet, in the order given, each on its own; one warning for each failure.
@@ -100,9 +100,13 @@ class HookManager:
             raise PluginLoadError(what) from error
         warnings.warn(PluginWarning(what), stacklevel=2)
 
-    def add(self, plugin: object, label: str) -> Callable[[], None]:
-        """Register a module, a class or an object with hook implementations; call the result to remove it."""
-        guarded = _Guarded(self._manager, plugin() if inspect.isclass(plugin) else plugin, label, self._strict)
+    def add(self, plugin: object, label: str, *, strict: bool = False) -> Callable[[], None]:
+        """Register a module, a class or an object with hook implementations; call the result to remove it.
+
+        Unless ``strict``, or the switch says so, what its hooks raise becomes a warning.
+        """
+        instance = plugin() if inspect.isclass(plugin) else plugin
+        guarded = _Guarded(self._manager, instance, label, strict or self._strict)
         try:
             self._manager.register(guarded, label)
             self._manager.check_pending()

@@ -68,12 +68,10 @@ class Known:
 
     Attributes:
         names: as ``NAMES``.
-        devices: as ``DEVICES``.
         minimum: as ``MIN_PLUGIN_VERSIONS``.
     """
 
     names: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: NAMES)
-    devices: Mapping[str, str] = field(default_factory=lambda: DEVICES)
     minimum: Mapping[str, str] = field(default_factory=lambda: MIN_PLUGIN_VERSIONS)
 
     def owner(self, kind: str, name: str) -> str | None:

@@ -1,10 +1,8 @@
-"""Turns a reference into the object it means, and calls it with what it understands."""
+"""Turns a reference into the object it means."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,21 +47,3 @@ def checked(target: Any, ref: PluginRef) -> Callable[..., Any]:
             'its entry point must read "module:Class".'
         )
     return target  # type: ignore[no-any-return]
-
-
-def accepted(target: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that the target takes. What core offers beyond that is not for this plugin."""
-    names = _keywords(target)
-    return kwargs if names is None else {name: value for name, value in kwargs.items() if name in names}
-
-
-@functools.lru_cache(maxsize=512)
-def _keywords(target: Callable[..., Any]) -> frozenset[str] | None:
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):  # some callables written in C tell nothing
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    by_keyword = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-    return frozenset(parameter.name for parameter in parameters if parameter.kind in by_keyword)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UnknownPluginError
@@ -155,11 +156,7 @@ def _choose(kind: str, name: str, refs: list[PluginRef]) -> PluginRef | None:
 
 def _without_rivals(rules: Rules) -> Rules:
     # Whoever names the distribution has settled every contest; its switches and versions still count.
-    return Rules({}, Known(names={}, minimum=rules.known.minimum), _no_preference(rules.switches))
-
-
-def _no_preference(current: switches.Switches) -> switches.Switches:
-    return switches.Switches(current.autoload, current.allow, current.block, {}, current.strict)
+    return Rules({}, Known(names={}, minimum=rules.known.minimum), replace(rules.switches, prefer={}))
 
 
 def _import_string(kind: str, text: str) -> PluginRef:

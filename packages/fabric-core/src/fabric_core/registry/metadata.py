@@ -71,14 +71,6 @@ def lookup(name: str) -> Scan:
         return Scan(damaged=((name, repr(error)),))
 
 
-def version(name: str) -> str | None:
-    """The installed version of a distribution, ``None`` if it is not installed."""
-    try:
-        return str(reader.version(name))
-    except reader.PackageNotFoundError:
-        return None
-
-
 def _name_of_plugin(dist: Any) -> tuple[str, str]:
     """The name, empty if the distribution declares nothing of ours, and what is wrong with it."""
     try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from fabric_core.errors import InvalidArgumentError, MisconfigurationException, UnknownPluginError, UsageError
+from fabric_core.keywords import accepted
 from fabric_core.registry import builtin as core
 from fabric_core.registry import loading, refusals, switches
 from fabric_core.registry.discovery import Discovery
@@ -57,7 +58,6 @@ class Registry:
         self._hooks_lock = threading.RLock()
         self._hooks_loading = False
 
-    # -- names: nothing is imported ------------------------------------------------------------------------------
     def names(self, kind: str) -> list[str]:
         """The names that can be passed, aliases included."""
         return usable_names(self.refs(kind))
@@ -82,7 +82,6 @@ class Registry:
         """The error for a name that nothing has: who would provide it, what was probably meant, what there is."""
         return self._lookup.unknown(tuple(GROUPS) if kind is None else (check_kind(kind),), name)
 
-    # -- objects -------------------------------------------------------------------------------------------------
     def resolve(self, kind: str, plugin: str | PluginRef | Callable[..., Any]) -> Callable[..., Any]:
         """The class or function itself. Exactly one module is imported, once; safe to call from several threads.
 
@@ -95,7 +94,7 @@ class Registry:
         """An instance. Keywords that the class or function does not take are left out, so that core can add some."""
         ref = self._ref(kind, plugin)
         target = self._resolve(ref, plugin)
-        kwargs = loading.accepted(target, kwargs)
+        kwargs = accepted(target, kwargs)
         if self.has_hook("fabric_create"):
             return self.hooks.fabric_create(ref=ref, target=target, kwargs=kwargs)
         return target(**kwargs)
@@ -124,7 +123,6 @@ class Registry:
             self._targets.setdefault(key, loading.load(ref))
         return self._targets[key]
 
-    # -- registering at run time ---------------------------------------------------------------------------------
     @overload
     def register(
         self, kind: str, name: str, target: Callable[..., Any] | str, *, override: bool = False
@@ -151,7 +149,6 @@ class Registry:
 
         return decorate
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
     @property
     def hooks(self) -> HookRelay:
         """Calls hooks: ``registry.hooks.fabric_on_init(fabric=...)``. The first use loads all hook modules."""
@@ -165,7 +162,6 @@ class Registry:
         """Let an object of the program take part as hook modules do; call the result to remove it."""
         return self._hook_manager().add(plugin, label or f"program::{id(plugin):x}")
 
-    # -- state of the world --------------------------------------------------------------------------------------
     def refresh(self) -> None:
         """See what was installed since; hook modules that are new are loaded when hooks are next used."""
         self._discovery.refresh()

@@ -18,7 +18,7 @@ from typing import Any
 
 from fabric_core import settings
 from fabric_core.distributed.exit import end_process
-from fabric_core.distributed.port import reserve_port
+from fabric_core.distributed.port import ReservedPort, reserve_port
 from fabric_core.errors import WorkerFailedError
 
 
@@ -34,6 +34,7 @@ class WorkerPool:
         self.world_size = world_size
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._port: ReservedPort | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         """The results of ``function(*args)`` by rank.
@@ -59,7 +60,7 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        port = reserve_port()
+        port = self._port = reserve_port()
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port.port), daemon=True)
@@ -67,7 +68,6 @@ class WorkerPool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
-        self._port = port
 
     def _collect(self, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -101,7 +101,9 @@ class WorkerPool:
             process.kill()
         for process in self._processes:
             process.join()
-        self._processes, self._pipes = [], []
+        if self._port is not None:
+            self._port.close()
+        self._processes, self._pipes, self._port = [], [], None
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:

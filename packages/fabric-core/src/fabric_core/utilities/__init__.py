@@ -5,7 +5,7 @@ from __future__ import annotations
 from fabric_core.lazy import name_table
 
 _TABLE = {
-    "AttributeDict": "fabric_core.data.attribute_dict:AttributeDict",
+    "AttributeDict": "fabric_core.attribute_dict:AttributeDict",
     "apply_func": "fabric_core.utilities.apply_func",
     "cloud_io": "fabric_core.utilities.cloud_io",
     "data": "fabric_core.utilities.data",

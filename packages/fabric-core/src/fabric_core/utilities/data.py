@@ -5,7 +5,7 @@ from __future__ import annotations
 from fabric_core.lazy import name_table
 
 _TABLE = {
-    "AttributeDict": "fabric_core.data.attribute_dict:AttributeDict",
+    "AttributeDict": "fabric_core.attribute_dict:AttributeDict",
     "DistributedSamplerWrapper": "fabric_core.data.sampler:DistributedSamplerWrapper",
     "has_iterable_dataset": "fabric_core.data.lengths:has_iterable_dataset",
     "has_len": "fabric_core.data.lengths:has_len",

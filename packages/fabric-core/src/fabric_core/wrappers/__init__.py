@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fabric_core.lazy import name_table
 
 if TYPE_CHECKING:
     from fabric_core.wrappers.dataloader import FabricDataLoader as FabricDataLoader
@@ -11,26 +12,16 @@ if TYPE_CHECKING:
     from fabric_core.wrappers.optimizer import FabricOptimizer as FabricOptimizer
     from fabric_core.wrappers.unwrap import is_wrapped as is_wrapped
 
-_HOME = {
-    "FabricDataLoader": ("dataloader", "FabricDataLoader"),
-    "FabricModule": ("module", "FabricModule"),
-    "FabricOptimizer": ("optimizer", "FabricOptimizer"),
-    "is_wrapped": ("unwrap", "is_wrapped"),
+_TABLE = {
+    "FabricDataLoader": "fabric_core.wrappers.dataloader:FabricDataLoader",
+    "FabricModule": "fabric_core.wrappers.module:FabricModule",
+    "FabricOptimizer": "fabric_core.wrappers.optimizer:FabricOptimizer",
+    "is_wrapped": "fabric_core.wrappers.unwrap:is_wrapped",
     # The spellings that existing programs import.
-    "_FabricDataLoader": ("dataloader", "FabricDataLoader"),
-    "_FabricModule": ("module", "FabricModule"),
-    "_FabricOptimizer": ("optimizer", "FabricOptimizer"),
-    "_unwrap_objects": ("unwrap", "unwrap_objects"),
+    "_FabricDataLoader": "fabric_core.wrappers.dataloader:FabricDataLoader",
+    "_FabricModule": "fabric_core.wrappers.module:FabricModule",
+    "_FabricOptimizer": "fabric_core.wrappers.optimizer:FabricOptimizer",
+    "_unwrap_objects": "fabric_core.wrappers.unwrap:unwrap_objects",
 }
-__all__ = ["FabricDataLoader", "FabricModule", "FabricOptimizer", "is_wrapped"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        module, attribute = _HOME[name]
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = name_table(__name__, _TABLE)
+__all__ = [name for name in sorted(_TABLE) if not name.startswith("_")]
