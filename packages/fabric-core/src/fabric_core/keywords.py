@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 
 _Names: TypeAlias = "frozenset[str] | None"
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_read: WeakKeyDictionary[FunctionType, dict[bool, _Names]] = WeakKeyDictionary()
+_read: WeakKeyDictionary[FunctionType | type, dict[bool, _Names]] = WeakKeyDictionary()
 
 
 def accepted(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """Those of ``keywords`` that ``function`` takes; all of them if it takes any, or does not tell."""
+    if not keywords:
+        return keywords
     names = _names(function)
     return keywords if names is None else {name: value for name, value in keywords.items() if name in names}
 
@@ -22,7 +24,7 @@ def accepted(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[str
 def _names(function: Callable[..., Any]) -> _Names:
     # A method is a new object at each access, and would keep its object alive here; its function is neither.
     plain = getattr(function, "__func__", function)
-    if not isinstance(plain, FunctionType):
+    if not isinstance(plain, FunctionType | type):
         return _names_in_signature(function)
     known = _read.setdefault(plain, {})
     bound = plain is not function  # its first parameter is taken

@@ -63,8 +63,13 @@ class Processes(FabricBase):
         check_same(self.global_rank, mine, self._strategy.broadcast(mine, 0))
 
     def teardown(self) -> None:
-        """Release devices and finish what is written in the background. Every rank calls it, after its last step."""
+        """Release devices, finish what is written in the background, leave the processes that ``launch`` joined.
+
+        Every rank calls it, after its last step.
+        """
         self._notify("fabric_on_teardown")
+        self._launched = self._environment_ready = False
+        self._rank_zero_group = None
         self._strategy.teardown()
 
 
