@@ -265,3 +265,26 @@ def test_an_error_in_a_hook_of_core_is_not_excused(site: PluginSite) -> None:
     registry = Registry([], hook_modules={"fabric-core.x": "core_hooks"})
     with pytest.raises(LookupError, match="ours"):
         registry.hooks.fabric_on_init(fabric="me")
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [
+        ("fabric_environment_candidates", dict(ctx=None)),
+        ("fabric_accelerator_candidates", dict(ctx=None)),
+        ("fabric_select_strategy", dict(ctx=None)),
+        ("fabric_validate", dict(plan=None)),
+    ],
+)
+def test_an_answer_of_a_wrong_type_is_blamed_on_the_plugin(registry: Registry, hook: str, call: dict[str, Any]) -> None:
+    plugin = type("Plugin", (), {})()
+    function = lambda **kwargs: 5  # noqa: E731
+    setattr(plugin, hook, hookimpl(_with_arguments(function, call)))
+    registry.add_hooks(plugin, "fabric-odd::odd")
+    with pytest.warns(UserWarning, match=r"fabric-odd.*answered 5"):
+        getattr(registry.hooks, hook)(**call)
+
+
+def _with_arguments(function: Any, call: dict[str, Any]) -> Any:
+    (name,) = call
+    return {"ctx": lambda ctx: function(ctx=ctx), "plan": lambda plan: function(plan=plan)}[name]

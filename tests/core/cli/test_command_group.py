@@ -110,3 +110,9 @@ def test_completing_a_command_or_a_plugin_imports_neither(
     place = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
     done = fabric(_FABRIC_COMPLETE="bash_complete", **place)
     assert f"plain,{offered}" in done.stdout.splitlines()
+
+
+def test_a_plan_that_cannot_work_is_explained_without_a_traceback(fabric: Fabric) -> None:
+    done = fabric("explain", "--accelerator", "cpu", "--strategy", "single_device", "--devices", "2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: strategy='single_device'")

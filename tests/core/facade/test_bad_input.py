@@ -159,6 +159,7 @@ CALLS = {
     "clip of a NaN norm": (_clip_nan, RuntimeError, "error_if_nonfinite=False"),
     "no_backward_sync of a bare module": (lambda f: f.no_backward_sync(model()), TypeError, "fabric.setup"),
     "launch of a result": (lambda f: f.launch(3), TypeError, "not the result of calling it"),
+    "launch of what a function returned": (lambda f: f.launch(None), TypeError, "not the result of calling it"),
     "launch of a function without parameters": (lambda f: f.launch(lambda: 1), TypeError, "takes no argument"),
     "broadcast from a word": (lambda f: f.broadcast(1, src="zero"), TypeError, "expected a global rank"),
     "save of a module": (lambda f: f.save("x.ckpt", model()), TypeError, "a dict of names and objects"),

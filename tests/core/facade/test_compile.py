@@ -61,10 +61,12 @@ def test_the_same_backend_compiles_again(fabric):
     assert len(graphs) == 1
 
 
-def test_compiling_again_can_be_declined(fabric):
+def test_the_strategy_can_wrap_the_compiled_module_as_it_is(fabric):
     for call in (fabric.setup, fabric.setup_module):
-        wrapped = call(compiled(nn.Linear(2, 1)), _reapply_compile=False)
-        assert not is_compiled(wrapped._forward_module)
+        module = compiled(nn.Linear(2, 1))
+        wrapped = call(module, _reapply_compile=False)
+        assert wrapped._forward_module is module
+        assert set(wrapped.state_dict()) == {"weight", "bias"}
 
 
 def test_a_compiled_module_computes_and_learns_the_same(fabric):

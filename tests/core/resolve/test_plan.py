@@ -77,8 +77,8 @@ PLANS = {
             "accelerator": ("cpu", "DDPStrategy(accelerator=...)", ""),
             "precision": ("64-true", "DDPStrategy(precision=...)", ""),
             "checkpoint_io": ("TorchCheckpointIO", "DDPStrategy(checkpoint_io=...)", ""),
-            "environment": ("LightningEnvironment", "DDPStrategy(environment=...)", ""),
-            "devices": ("3 x cpu", "DDPStrategy(devices=...)", ""),
+            "environment": ("LightningEnvironment", "DDPStrategy(cluster_environment=...)", ""),
+            "devices": ("3 x cpu", "DDPStrategy(parallel_devices=...)", ""),
         },
     ),
     "several plugins": (
@@ -87,7 +87,7 @@ PLANS = {
     ),
     "the device of a strategy decides the accelerator": (
         dict(strategy=SingleDeviceStrategy(device="cpu")),
-        {"accelerator": ("cpu", "SingleDeviceStrategy(devices=...)", "the strategy's devices are cpu")},
+        {"accelerator": ("cpu", "SingleDeviceStrategy(device=...)", "the strategy's devices are cpu")},
     ),
 }
 

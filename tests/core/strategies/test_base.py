@@ -193,3 +193,14 @@ def test_processes_started_from_outside_need_no_launcher(monkeypatch):
 def test_parallel_is_a_base_to_subclass():
     assert issubclass(DDPStrategy, ParallelStrategy)
     assert issubclass(ParallelStrategy, Strategy)
+
+
+def test_a_precision_hook_may_look_without_returning():
+    class Looking(Precision):
+        def pre_backward(self, tensor, module):
+            pass
+
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=Looking())
+    model = fabric.setup(nn.Linear(1, 1))
+    fabric.backward(model(torch.ones(1, 1)).sum())
+    assert model.weight.grad is not None

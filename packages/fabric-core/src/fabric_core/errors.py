@@ -7,6 +7,7 @@ FabricError
 ├── UsageError (RuntimeError)                a call at the wrong time or in the wrong order
 ├── UnsupportedError (NotImplementedError)   a combination that a backend does not offer
 ├── CheckpointError (RuntimeError)           a checkpoint that cannot be written or is damaged
+│   ├── UnsafeCheckpointError (UnpicklingError)  reading it would run code
 │   └── CheckpointKeyError (KeyError)        keys asked for that the checkpoint does not hold, or the other way round
 ├── NoLoggerError (IndexError)               ``fabric.logger`` without any logger
 ├── WorkerFailedError (RuntimeError)         a worker process failed; holds the first failure
@@ -19,6 +20,8 @@ FabricError
 """
 
 from __future__ import annotations
+
+from pickle import UnpicklingError
 
 
 class FabricError(Exception):
@@ -47,6 +50,10 @@ class UnsupportedError(FabricError, NotImplementedError):
 
 class CheckpointError(FabricError, RuntimeError):
     """A checkpoint could not be written, or is damaged."""
+
+
+class UnsafeCheckpointError(CheckpointError, UnpicklingError):
+    """The file holds more than tensors and plain values; building that runs code, which was not allowed."""
 
 
 class CheckpointKeyError(CheckpointError, KeyError):

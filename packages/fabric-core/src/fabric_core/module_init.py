@@ -133,3 +133,9 @@ def _moved(value: Any, device: Device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_moved(item, device) for item in value)
     return value
+
+
+def move_in_place(module: nn.Module, device: torch.device) -> None:
+    """``module.to(device)``, unless all of it is there: looking is cheaper than going through every tensor's ``to``."""
+    if any(tensor.device != device for tensors in (module.parameters(), module.buffers()) for tensor in tensors):
+        module.to(device)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fabric_core.errors import InvalidArgumentError
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -40,7 +42,7 @@ class Problem:
 
     message: str
     fix: str = ""
-    error: type[Exception] = ValueError
+    error: type[Exception] = InvalidArgumentError
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Strategy(Communicator):
             general ones.
         moves_batches: its data loaders already put batches on the device.
         gradient_sync: the switch for gradient accumulation; ``None`` if there is none.
+        resolved: what the last ``Fabric(...)`` put into this object, by kind; the next one replaces just that.
         sync_free: no gradients are exchanged at all, so that ``no_backward_sync`` has nothing to do.
     """
 
@@ -59,6 +61,7 @@ class Strategy(Communicator):
     moves_batches: ClassVar[bool] = False
     sync_free: ClassVar[bool] = False
     gradient_sync: GradientSync | None = None
+    resolved: Mapping[str, Any] = MappingProxyType({})
 
     accelerator: Accelerator | None
     precision: Precision

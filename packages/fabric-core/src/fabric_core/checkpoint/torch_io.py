@@ -15,7 +15,7 @@ from fabric_core.abc.checkpoint import CheckpointIO
 from fabric_core.checkpoint.commit import publish
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_archive, open_mapped
 from fabric_core.checkpoint.paths import is_http, is_remote, open_filesystem, resolve
-from fabric_core.errors import CheckpointError, InvalidTypeError
+from fabric_core.errors import CheckpointError, InvalidTypeError, UnsafeCheckpointError
 
 if TYPE_CHECKING:
     from fabric_core.types import MapLocation, Path
@@ -138,7 +138,7 @@ def _explained(path: Path, safe: bool) -> Iterator[None]:
         refused = _refused_names(name) if safe and isinstance(error, pickle.UnpicklingError) else []
         if not refused:
             raise CheckpointError(f"{name!r} cannot be read, it may be damaged: {error}") from error
-        raise CheckpointError(
+        raise UnsafeCheckpointError(
             f"{name!r} was NOT loaded: it holds {', '.join(refused)}, and building these objects runs code.\n"
             "Whoever wrote the file decides what that code does; it can do anything that you can do on this machine.\n"
             "If you know these names and trust them: torch.serialization.add_safe_globals([...]), then load again.\n"

@@ -66,7 +66,7 @@ def _dense(tensor: Tensor) -> Tensor:
 def _operation(reduce_op: Any) -> tuple[Any, bool]:
     """The native operation, and whether to divide by the group's size afterwards."""
     if reduce_op is None:
-        return dist.ReduceOp.SUM, False
+        return dist.ReduceOp.SUM, True
     if not isinstance(reduce_op, str):
         return (dist.ReduceOp.SUM, True) if reduce_op == dist.ReduceOp.AVG else (reduce_op, False)
     word = reduce_op.lower()

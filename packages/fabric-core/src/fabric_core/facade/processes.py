@@ -11,13 +11,17 @@ from fabric_core.facade.base import FabricBase
 from fabric_core.registry.fingerprint import check_same
 
 
+def go_on(fabric: Any) -> None:
+    """What ``launch`` runs if it is given nothing: the script goes on in every process."""
+
+
 class Processes(FabricBase):
     """``launch``, ``run`` and ``teardown``."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The body of a program, for subclasses to fill; calling it launches the processes first."""
 
-    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    def launch(self, function: Callable[..., Any] = go_on, *args: Any, **kwargs: Any) -> Any:
         """Start the processes of this job and join them; return rank 0's result of ``function``.
 
         Without a function, this and the new processes go on with the script. A second call without a function does
@@ -37,10 +41,10 @@ class Processes(FabricBase):
             return self._in_process(function, *args, **kwargs)
         return launcher.launch(self._in_process, function, *args, **kwargs)
 
-    def _in_process(self, function: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    def _in_process(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The part of ``launch`` that runs in every process."""
         self._enter_process()
-        if function is None:
+        if function is go_on:
             return None
         from fabric_core.data.capture import capture_constructors
 
@@ -74,7 +78,7 @@ class Processes(FabricBase):
 
 
 def _check_function(function: Any, launcher: Any, strategy: str, launched: bool) -> None:
-    if function is None:
+    if function is go_on:
         if launcher is not None and launcher.requires_function and not launched:
             raise InvalidTypeError(
                 f"strategy={strategy!r} runs a function in each process, so fabric.launch() needs one: "

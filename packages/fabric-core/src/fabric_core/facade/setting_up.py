@@ -88,15 +88,15 @@ class SettingUp(Reporting):
     ) -> tuple[FabricModule, list[FabricOptimizer], Any]:
         original, recompile = unwrap_compiled(module)
         converted = self._precision.convert_module(original)
+        # Without compiling anew, the strategy wraps the compiled module, as long as precision left it the same object.
+        inner = module if not reapply_compile and converted is original else converted
         if move_to_device:
             move_module(converted, self._strategy)
         forward: nn.Module
         if optimizers:
-            forward, optimizers, scheduler = self._strategy.setup_module_and_optimizers(
-                converted, optimizers, scheduler
-            )
+            forward, optimizers, scheduler = self._strategy.setup_module_and_optimizers(inner, optimizers, scheduler)
         else:
-            forward = self._strategy.setup_module(converted)
+            forward = self._strategy.setup_module(inner)
         if recompile is not None and reapply_compile:
             forward = recompile(forward)
         wrapped = FabricModule(forward, self._strategy, converted)

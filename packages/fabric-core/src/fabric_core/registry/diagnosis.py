@@ -27,7 +27,7 @@ class Finding:
 
 
 def diagnose(
-    refs: Iterable[PluginRef], damaged: Iterable[tuple[str, str]], failures: Mapping[str, Exception]
+    refs: Iterable[PluginRef], damaged: Iterable[tuple[str, str]], failures: Mapping[str, BaseException]
 ) -> list[Finding]:
     """One finding for each reference that is not ``ok``, each damaged distribution and each failed hook module."""
     return [

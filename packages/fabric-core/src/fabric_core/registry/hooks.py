@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
-from fabric_core.abc.hooks import PROJECT, hookimpl
-from fabric_core.errors import IncompatiblePluginError, InvalidArgumentError, PluginLoadError
+from fabric_core.abc.hooks import PROJECT, Candidate, Problem, hookimpl
+from fabric_core.errors import IncompatiblePluginError, InvalidArgumentError, InvalidTypeError, PluginLoadError
 from fabric_core.registry.contract import version_problem
 from fabric_core.registry.hookspecs import HOOKS, HookRelay, HookSpecs
 from fabric_core.registry.loading import import_value
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from fabric_core.registry.registry import Registry
 
 _UNGUARDED = frozenset({"fabric_create", "fabric_register"})  # their errors belong to whoever asked
+_ANSWERS: dict[str, type] = {
+    "fabric_accelerator_candidates": Candidate,
+    "fabric_environment_candidates": Candidate,
+    "fabric_select_strategy": str,
+    "fabric_select_precision": str,
+    "fabric_validate": Problem,
+}
 _CORE_CREATE = f"{CORE}::create"
 
 
@@ -51,7 +58,7 @@ class HookManager:
         # Historic: each module that is registered from now on is called by its registration.
         self._manager.hook.fabric_register.call_historic(kwargs={"registry": registry})
         self._seen: set[Entry] = set()
-        self.failures: dict[str, Exception] = {}
+        self.failures: dict[str, BaseException] = {}
         self.generation = 0
         self.relay = cast(HookRelay, self._manager.hook)
         self._implemented: frozenset[str] = frozenset()
@@ -79,7 +86,7 @@ class HookManager:
                 continue
             try:
                 self._load_one(entry, minimum)
-            except Exception as error:  # a plugin may raise anything; the next one must still be loaded
+            except (Exception, SystemExit) as error:  # a plugin may raise anything; the next one must still be loaded
                 self._report(f"{entry.dist} {entry.version}".strip(), error)
             self._seen.add(entry)
 
@@ -93,7 +100,7 @@ class HookManager:
         self.add(import_value(entry.value), f"{entry.dist}::{entry.name}")
         trace(f"hook module {entry.value} of {entry.dist} loaded")
 
-    def _report(self, origin: str, error: Exception) -> None:
+    def _report(self, origin: str, error: Exception | SystemExit) -> None:
         self.failures[origin] = error
         what = f"the hooks of {origin} are not used: {type(error).__name__}: {error}"
         if self._strict:
@@ -157,12 +164,24 @@ class _Guarded:
         return self.label  # pluggy puts it into its messages
 
 
+def _check_answer(hook: str, answer: Any) -> None:
+    """``InvalidTypeError`` for an answer that core could not use, so that it is blamed on the plugin that gave it."""
+    if answer is None or hook not in _ANSWERS:
+        return
+    wanted = _ANSWERS[hook]
+    several = list(answer) if isinstance(answer, (list, tuple, set, frozenset)) and wanted is not str else [answer]
+    if not all(isinstance(one, wanted) for one in several):
+        raise InvalidTypeError(f"{hook} answered {answer!r}, where {wanted.__name__} was expected")
+
+
 def _guard(function: Callable[..., Any], hook: str, label: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             answer = function(*args, **kwargs)
-            return list(answer) if inspect.isgenerator(answer) else answer  # so that it fails in here, if at all
+            answer = list(answer) if inspect.isgenerator(answer) else answer  # so that it fails in here, if at all
+            _check_answer(hook, answer)
+            return answer
         except Exception as error:  # whatever it is, nobody chose this plugin
             what = f"{hook} of {label} failed and is passed over: {type(error).__name__}: {error}"
             warnings.warn(PluginWarning(what), stacklevel=2)

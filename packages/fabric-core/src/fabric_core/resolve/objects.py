@@ -52,7 +52,7 @@ def collect_objects(request: Request) -> Objects:
         raise _twice("precision", request.precision.origin, found["precision"].origin, found["precision"].value)
     strategy = request.strategy.value
     if isinstance(strategy, Strategy):
-        for kind, given in _from_strategy(strategy).items():
+        for kind, given in given_in(strategy).items():
             _check_not_twice(kind, given, request, found)
             found[kind] = given
     if isinstance(request.accelerator.value, Accelerator) and "accelerator" not in found:
@@ -79,7 +79,8 @@ def _from_plugins(plugins: tuple[Any, ...]) -> dict[str, Given]:
     return found
 
 
-def _from_strategy(strategy: Strategy) -> dict[str, Given]:
+def given_in(strategy: Strategy) -> dict[str, Given]:
+    """What the user put into the strategy object, by kind; not what an earlier ``Fabric(...)`` put there."""
     name = type(strategy).__name__
     held = {
         "accelerator": strategy.accelerator,
@@ -88,7 +89,15 @@ def _from_strategy(strategy: Strategy) -> dict[str, Given]:
         "environment": getattr(strategy, "cluster_environment", None),
         "devices": getattr(strategy, "parallel_devices", None) or getattr(strategy, "given_device", None),
     }
-    return {kind: Given(value, f"{name}({kind}=...)") for kind, value in held.items() if value is not None}
+    words = {
+        "environment": "cluster_environment",
+        "devices": "parallel_devices" if hasattr(strategy, "parallel_devices") else "device",
+    }
+    return {
+        kind: Given(value, f"{name}({words.get(kind, kind)}=...)")
+        for kind, value in held.items()
+        if value is not None and strategy.resolved.get(kind) is not value
+    }
 
 
 def _check_not_twice(kind: str, given: Given, request: Request, found: dict[str, Given]) -> None:

@@ -14,7 +14,7 @@ from fabric_core.resolve.environment import choose_environment
 from fabric_core.resolve.objects import Objects, collect_objects
 from fabric_core.resolve.plan import Plan
 from fabric_core.resolve.precision import choose_precision
-from fabric_core.resolve.request import DEFAULTS, Request
+from fabric_core.resolve.request import DEFAULTS, Request, naming
 from fabric_core.resolve.strategy import choose_strategy
 from fabric_core.warnings import possible_user_warning
 
@@ -44,13 +44,19 @@ def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, regist
     }
     environment = choose_environment(objects, registry, ResolveContext(**known))
     known["environment"] = environment.name
-    accelerator = choose_accelerator(request, objects, registry, ResolveContext(**known))
+    with naming(request.accelerator):
+        accelerator = choose_accelerator(request, objects, registry, ResolveContext(**known))
     known["accelerator"] = accelerator.name
-    devices = choose_devices(request, objects, accelerator.value, environment.value)
+    with naming(request.devices):
+        devices = choose_devices(request, objects, accelerator.value, environment.value)
     known["num_devices"] = len(devices.value)
-    strategy = choose_strategy(request, accelerator.value, registry, ResolveContext(**known))
+    with naming(request.strategy):
+        strategy = choose_strategy(request, accelerator.value, registry, ResolveContext(**known))
     known["strategy"] = strategy.name
-    precision = choose_precision(request, objects, strategy.value, accelerator.value, registry, ResolveContext(**known))
+    with naming(request.precision):
+        precision = choose_precision(
+            request, objects, strategy.value, accelerator.value, registry, ResolveContext(**known)
+        )
     plan = Plan(
         environment, accelerator, devices, num_nodes, strategy, precision, _checkpoint_io(objects), request.interactive
     )

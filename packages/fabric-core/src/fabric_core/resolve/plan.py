@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric_core.errors import UsageError
 from fabric_core.resolve.choice import Choice
+from fabric_core.resolve.objects import given_in
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,9 @@ class Plan:
     def build(self) -> Strategy:
         """Connect the parts and return the strategy, ready to launch."""
         strategy = self.strategy.value
+        given = given_in(strategy)
+        chosen = {name: choice.value for name, choice in self.choices().items()}
+        strategy.resolved = {name: value for name, value in chosen.items() if name not in given}
         strategy.accelerator = self.accelerator.value
         strategy.precision = self.precision.value
         if self.checkpoint_io is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fabric_core import settings
-from fabric_core.errors import InvalidArgumentError
+from fabric_core.errors import FabricError, InvalidArgumentError
 from fabric_core.precision.names import full_name
 from fabric_core.settings import Setting
 
@@ -63,6 +65,19 @@ class Request:
         """
         asked = {name: _merge(name, arguments[name]) for name in DEFAULTS}
         return cls(**asked, plugins=_as_tuple(plugins), interactive=is_interactive())
+
+
+@contextmanager
+def naming(asked: Asked) -> Iterator[None]:
+    """Errors raised inside, over a value that came from a variable, name the variable."""
+    try:
+        yield
+    except (FabricError, ValueError, TypeError, RuntimeError) as error:
+        name = asked.origin.partition("=")[0]
+        if not any(name == variable.name for variable in VARIABLES.values()) or asked.origin in str(error):
+            raise
+        message = f"{error} The environment asked for it: {asked.origin}."
+        raise type(error)(message) from error
 
 
 def _merge(name: str, value: Any) -> Asked:

@@ -161,7 +161,8 @@ class Strategy(StrategyContract):
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Backward through the precision's hooks."""
         precision = self.precision
-        tensor = precision.pre_backward(tensor, module)
+        scaled = precision.pre_backward(tensor, module)
+        tensor = tensor if scaled is None else scaled  # a hook may just look
         precision.backward(tensor, module, *args, **kwargs)
         precision.post_backward(tensor, module)
 

@@ -14,6 +14,7 @@ from fabric_core.distributed.objects import broadcast_object
 from fabric_core.distributed.tensors import gather_tensor, reduce_tensor
 from fabric_core.errors import UsageError
 from fabric_core.launchers.threads import set_num_threads_if_needed
+from fabric_core.module_init import move_in_place
 from fabric_core.rank_zero import rank_zero_only
 from fabric_core.seeding import reset_seed
 from fabric_core.strategies.base import Strategy
@@ -116,10 +117,10 @@ class ParallelStrategy(Strategy):
     def connect(
         self, *, devices: list[torch.device], num_nodes: int, environment: ClusterEnvironment, interactive: bool
     ) -> None:
-        """Take devices and environment, unless given to the constructor."""
+        """Take devices and environment, which are those given to the constructor if any were."""
         self.num_nodes = num_nodes
-        self.parallel_devices = self.parallel_devices or devices
-        self.cluster_environment = self.cluster_environment or environment
+        self.parallel_devices = devices
+        self.cluster_environment = environment
         self._push_ranks()
 
     def _push_ranks(self) -> None:
@@ -154,7 +155,7 @@ class ParallelStrategy(Strategy):
 
     def module_to_device(self, module: nn.Module) -> None:
         """Move parameters and buffers, in place."""
-        module.to(self.root_device)
+        move_in_place(module, self.root_device)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Shape ``(...)`` on each rank to ``(group size, ...)`` on every rank."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fabric_core.module_init import move_in_place
 from fabric_core.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class SingleDeviceStrategy(Strategy):
 
     def module_to_device(self, module: nn.Module) -> None:
         """Move parameters and buffers, in place."""
-        module.to(self._device)
+        move_in_place(module, self._device)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """The tensor itself."""

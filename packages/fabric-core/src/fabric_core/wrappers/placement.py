@@ -66,7 +66,7 @@ def _kind(obj: object) -> str:
 
 
 def move_module(module: nn.Module, strategy: Strategy) -> None:
-    """Put the module on the strategy's device, in place; walks it once, and moves nothing that is there already."""
+    """Have the strategy put the module on its device, in place; warn of one that is spread over several."""
     counts: dict[torch.device, int] = {}
     examples: dict[torch.device, str] = {}
     for named in (module.named_parameters(), module.named_buffers()):
@@ -82,8 +82,7 @@ def move_module(module: nn.Module, strategy: Strategy) -> None:
             f"The module's parameters and buffers are on several devices: {listing}. All are moved to "
             f"{strategy.root_device}. To keep them where they are, pass move_to_device=False."
         )
-    if counts.keys() != {strategy.root_device}:
-        strategy.module_to_device(module)
+    strategy.module_to_device(module)
 
 
 def bind_to_fabric(module: Any, fabric: Any, optimizers: list[Any]) -> bool:
