@@ -13,10 +13,12 @@ from fabric_core.environments.default import LightningEnvironment, find_free_net
 from fabric_core.environments.hooks import fabric_environment_candidates
 from fabric_core.environments.torchelastic import TorchElasticEnvironment
 from fabric_core.errors import InvalidArgumentError, UsageError
+from fabric_core.warnings import PossibleUserWarning
 
 NAMES = (
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK MASTER_ADDR MASTER_PORT STANDALONE_PORT "
-    "TORCHELASTIC_RUN_ID"
+    "TORCHELASTIC_RUN_ID SLURM_NTASKS SLURM_PROCID SLURM_JOB_NAME LSB_JOBID JSM_NAMESPACE_RANK OMPI_COMM_WORLD_SIZE "
+    "PMI_SIZE"
 )
 
 
@@ -167,3 +169,37 @@ def test_one_process_leaves_the_environment_as_it_was(variables):
     fabric.teardown()
     leave_group()
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"SLURM_NTASKS": 2, "SLURM_PROCID": 0},
+        {"LSB_JOBID": 7, "JSM_NAMESPACE_RANK": 1},
+        {"OMPI_COMM_WORLD_SIZE": 4},
+        {"PMI_SIZE": 4},
+    ],
+)
+def test_several_tasks_that_do_not_know_of_each_other_are_refused(variables, seen):
+    variables(**seen)
+    with pytest.warns(PossibleUserWarning, match="each task would be a job of its own"):
+        environment = Fabric(accelerator="cpu", devices=1).plan.environment.value
+    environment.validate_settings(1, 1)
+    with pytest.raises(UsageError, match=f"{next(iter(seen))}=.*torchrun.*YourClusterEnvironment"):
+        environment.validate_settings(2, 1)
+    variables(**seen, LOCAL_RANK=0)
+    LightningEnvironment().validate_settings(2, 1)
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"SLURM_NTASKS": 2, "SLURM_PROCID": 0, "SLURM_JOB_NAME": "bash"},
+        {"SLURM_NTASKS": 1, "SLURM_PROCID": 0},
+        {"LSB_JOBID": 7},
+        {"PMI_SIZE": 1},
+    ],
+)
+def test_a_single_task_of_a_scheduler_is_a_lone_machine(variables, seen):
+    variables(**seen)
+    LightningEnvironment().validate_settings(2, 1)

@@ -1,5 +1,6 @@
 """``fabric run``: what the workers find, and what happens when something ends early."""
 
+import gzip
 import json
 import os
 import re
@@ -247,3 +248,23 @@ def test_a_failure_is_shown_even_if_an_exit_function_hangs(programs):
     assert ended.code == 1
     assert ended.err.endswith("ValueError: first\n")
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError"])
+def test_files_that_nobody_closed_are_complete(programs, end):
+    script = programs.write(
+        f"""
+        import gzip, sys
+        log = open("log", "w")
+        log.write("x" * 100)
+        raw = open("raw", "wb")
+        raw.write(b"x" * 100)
+        packed = gzip.open("packed", "wt")
+        packed.write("x" * 100)
+        {end}
+        """
+    )
+    programs.fabric_run("--devices", 1, script)
+    assert (programs.folder / "log").read_text() == "x" * 100
+    assert (programs.folder / "raw").read_text() == "x" * 100
+    assert gzip.decompress((programs.folder / "packed").read_bytes()) == b"x" * 100

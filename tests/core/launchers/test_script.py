@@ -149,3 +149,20 @@ def test_the_exception_hook_is_put_back_when_the_workers_have_ended(programs, pr
         "    while sys.excepthook != before: time.sleep(0.01)\n    print('back')"
     )
     assert programs.run(script).out == "back\n"
+
+
+def test_files_that_nobody_closed_are_complete(programs, program):
+    assert programs.run(program("rank, *_ = launch()\nlog = open(f'log-{rank}', 'w')\nlog.write('x' * 100)")).code == 0
+    assert [(programs.folder / f"log-{rank}").read_text() for rank in range(2)] == ["x" * 100] * 2
+
+
+@pytest.mark.parametrize(("status", "code"), [("3", 3), ("'message'", 1)])
+def test_rank_0_that_exits_while_others_wait_keeps_its_exit_code(programs, program, status, code):
+    ended = programs.run(program(f"launch()\nif join() == 1:\n    reduce_forever()\nsys.exit({status})", JOIN))
+    assert ended.code == code
+    assert f"Rank 0 ended itself with exit code {code}. Afterwards rank 1 failed too:" in ended.err
+
+
+def test_a_failure_of_its_own_counts_more_than_the_end_of_rank_0(programs, program):
+    script = program("rank, *_ = launch()\nif rank == 1:\n    time.sleep(0.3)\n    sys.exit(5)\nsys.exit(0)")
+    assert programs.run(script).code == 5

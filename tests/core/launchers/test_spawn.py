@@ -189,3 +189,51 @@ def test_a_process_that_can_no_longer_be_forked_is_asked_first():
 
     with pytest.raises(RuntimeError, match="CUDA is initialised"):
         SpawnLauncher(LightningEnvironment(), 2, 1, "fork", check).launch(print)
+
+
+@METHODS
+def test_threads_and_open_files_of_a_worker_come_to_their_end(run, programs, method):
+    functions = """
+import threading
+def late():
+    time.sleep(0.5)
+    Path(f"late-{rank()}").touch()
+def f():
+    global log
+    log = open(f"log-{rank()}", "w")
+    log.write("x" * 100)
+    threading.Thread(target=late).start()
+"""
+    main = "own = open('own', 'w')\nown.write('once')\nlaunch(f)\nown.close()"
+    ended = run(method, functions, main)
+    assert (ended.code, ended.err) == (0, "")
+    assert sorted(path.name for path in programs.folder.glob("late-*")) == ["late-0", "late-1"]
+    assert [(programs.folder / f"log-{rank}").read_text() for rank in range(2)] == ["x" * 100] * 2
+    assert (programs.folder / "own").read_text() == "once"
+
+
+@METHODS
+def test_ctrl_c_lets_workers_save_their_work(programs, gone, method):
+    text = """
+def f():
+    try:
+        open(f"pid-{os.getpid()}", "w").close()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.6)
+        Path(f"saved-{rank()}").touch()
+        raise
+if __name__ == "__main__":
+    try:
+        launch(f)
+    except KeyboardInterrupt:
+        print("interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    job = programs.start(programs.write(f"import signal\n{TOP}{text}"), method)
+    pids = programs.wait_for_pids(2)
+    job.send_signal(signal.SIGINT)
+    ended = programs.end(job)
+    assert (ended.code, ended.out) == (0, "interrupted\n"), ended.err
+    assert len(list(programs.folder.glob("saved-*"))) == 2
+    assert gone(pids, 0)

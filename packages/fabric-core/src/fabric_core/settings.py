@@ -116,6 +116,11 @@ SPAWN_REPORT: Final = Setting("FABRIC_SPAWN_REPORT", "where a process being spaw
 STANDALONE_PORT: Final = Setting("STANDALONE_PORT", "the port to use where a free one would be picked")
 SLURM_PROCID: Final = Setting("SLURM_PROCID", "rank among all processes, under srun")
 JSM_NAMESPACE_RANK: Final = Setting("JSM_NAMESPACE_RANK", "rank among all processes, under jsrun")
+SLURM_NTASKS: Final = Setting("SLURM_NTASKS", "number of tasks, under srun")
+SLURM_JOB_NAME: Final = Setting("SLURM_JOB_NAME", "name of the job; bash and interactive are no jobs of several tasks")
+LSB_JOBID: Final = Setting("LSB_JOBID", "set in jobs of LSF")
+OMPI_COMM_WORLD_SIZE: Final = Setting("OMPI_COMM_WORLD_SIZE", "number of processes, under Open MPI")
+PMI_SIZE: Final = Setting("PMI_SIZE", "number of processes, under other kinds of MPI")
 
 # Numerics, seeds, threads, devices.
 GLOBAL_SEED: Final = Setting("PL_GLOBAL_SEED", "the seed that seed_everything() set, for other processes")

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from fabric_core.distributed.port import reserve_port
 from fabric_core.launchers.failure import render
 from fabric_core.launchers.processes import Crew, Placement
 from fabric_core.launchers.supervisor import INTERRUPT_PATIENCE, Supervisor
+from fabric_core.launchers.terminal import typed_at_terminal
 from fabric_core.launchers.threads import set_num_threads_if_needed
 from fabric_core.resolve.request import VARIABLES
 from fabric_core.settings import Setting
@@ -170,7 +171,7 @@ def _signals_end(supervisor: Supervisor) -> Iterator[None]:
 
     def handle(number: int, _: object) -> None:
         if number == signal.SIGINT:
-            supervisor.interrupt(number, forward=not _typed_at_terminal(), patience=INTERRUPT_PATIENCE)
+            supervisor.interrupt(number, forward=not typed_at_terminal(), patience=INTERRUPT_PATIENCE)
         else:
             supervisor.interrupt(number, forward=True, patience=_TERMINATION_PATIENCE)
 
@@ -184,16 +185,3 @@ def _signals_end(supervisor: Supervisor) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _typed_at_terminal() -> bool:
-    """Whether a Ctrl-C at the terminal reaches the workers by itself, because it goes to this whole process group."""
-    if sys.platform == "win32":
-        return True
-    with suppress(OSError):
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
-        try:
-            return os.tcgetpgrp(terminal) == os.getpgrp()
-        finally:
-            os.close(terminal)
-    return False

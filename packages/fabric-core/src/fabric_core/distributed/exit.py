@@ -9,10 +9,13 @@ process dies with SIGABRT ("terminate called without an active exception") after
 from __future__ import annotations
 
 import atexit
+import gc
+import io
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -21,6 +24,8 @@ _BUSY_THREADS: Final = "pt_gloo"
 _LEAVE_LIMIT: Final = 2.0
 _IDLE_LIMIT: Final = 0.5
 _PAUSE: Final = 0.005
+_FILE: Final[type] = io.IOBase.__mro__[1]  # without the metaclass of an ABC, which asks the objects themselves
+_COMPRESSED: Final = frozenset({"gzip", "bz2", "lzma"})
 _protected = False
 
 
@@ -32,20 +37,61 @@ def end_process(code: int = 0) -> NoReturn:
     os._exit(code)
 
 
-def run_exit_functions(limit: float | None = None, code: int = 0) -> None:
-    """Do what Python does before finalising: wait for non-daemon threads, then run the ``atexit`` functions.
+def open_files() -> list[Any]:
+    """The file objects of this process that somebody still holds."""
+    return [item for item in gc.get_objects() if issubclass(type(item), _FILE)]
 
-    If that takes longer than ``limit`` seconds, the process ends with ``code`` in the middle of it.
+
+def flush_open_files(spared: Iterable[Any] = ()) -> None:
+    """Write out what files that nobody closed still hold back, as finalising does; not those in ``spared``."""
+    skipped = {id(file) for file in spared}
+    if not skipped:  # in a forked process, what is frozen is inherited
+        gc.unfreeze()
+    files = [file for file in open_files() if id(file) not in skipped]
+    # From the outside to the inside: text, compression, bytes.
+    for file in sorted(files, key=_depth):
+        with suppress(Exception):
+            if not file.closed and file.writable():
+                file.close() if type(file).__module__ in _COMPRESSED else file.flush()
+
+
+def _depth(file: Any) -> int:
+    if issubclass(type(file), io.TextIOWrapper):
+        return 0
+    return 2 if issubclass(type(file), (io.BufferedWriter, io.BufferedRandom)) else 1
+
+
+def flush_within(limit: float) -> None:
+    """The same from a thread, because a file may be locked by another thread that is stuck in a write."""
+    helper = threading.Thread(target=flush_open_files, name="fabric-flush", daemon=True)
+    helper.start()
+    helper.join(limit)
+
+
+def run_exit_functions(
+    limit: float | None = None,
+    code: int = 0,
+    functions: Callable[[], object] | None = None,
+    spared: Iterable[Any] = (),
+) -> None:
+    """Do what Python does before finalising: wait for non-daemon threads, run the ``atexit`` functions, flush files.
+
+    If that takes longer than ``limit`` seconds, the process ends with ``code`` in the middle of it. A forked process
+    has inherited exit functions and files: it names its own ``functions``, and the files that are to be ``spared``.
     """
     if limit is not None:
         watchdog = threading.Timer(limit, end_process, (code,))
         watchdog.daemon = True
         watchdog.start()
-    for owner, name in ((threading, "_shutdown"), (atexit, "_run_exitfuncs")):
-        step = getattr(owner, name, None)  # what the interpreter itself calls, under no public name
+        flush_open_files(spared)
+    # What the interpreter itself calls, under no public name.
+    own = functions or getattr(atexit, "_run_exitfuncs", None)
+    for step in (getattr(threading, "_shutdown", None), own):
         if step is not None:
             with suppress(BaseException):  # the function has printed its own traceback, the next ones still run
                 step()
+    with suppress(BaseException):
+        flush_open_files(spared)
 
 
 def leave_from_hook(code: int) -> None:

@@ -9,6 +9,8 @@ from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.distributed.port import ReservedPort, reserve_port
 from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.rank_zero import rank_zero_only
+from fabric_core.settings import Setting
+from fabric_core.warnings import possible_user_warning
 
 
 class LightningEnvironment(ClusterEnvironment):
@@ -25,6 +27,8 @@ class LightningEnvironment(ClusterEnvironment):
         self._global_rank = 0
         self._port: int | None = None
         self._reserved: ReservedPort | None = None
+        if not self.creates_processes_externally and _seen_of_scheduler():
+            possible_user_warning(_several_tasks(), stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reserved": None}  # the reservation stays with the process that made it
@@ -98,7 +102,10 @@ class LightningEnvironment(ClusterEnvironment):
 
         Raises:
             ValueError: says what to set.
+            RuntimeError: a scheduler has started this program several times, and each would start all processes.
         """
+        if num_devices * num_nodes > 1 and not self.creates_processes_externally and _seen_of_scheduler():
+            raise UsageError(_several_tasks())
         if num_nodes > 1 and not (settings.MASTER_ADDR.is_set() and settings.MASTER_PORT.is_set()):
             raise InvalidArgumentError(
                 f"num_nodes={num_nodes}, but MASTER_ADDR and MASTER_PORT are not both set, so the nodes cannot find "
@@ -123,6 +130,32 @@ class LightningEnvironment(ClusterEnvironment):
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = self._port = None
+
+
+def _several_tasks() -> str:
+    """What to say where this is one of several tasks that do not know of each other."""
+    variables = ", ".join(f"{setting.name}={setting.text()}" for setting in _seen_of_scheduler())
+    return (
+        f"A scheduler seems to have started this program as one of several tasks ({variables}), but the environment "
+        "for this scheduler is not available in this version: each task would be a job of its own. Start one task per "
+        "node that starts the processes, such as `srun --ntasks-per-node=1 torchrun ...`, or pass "
+        "Fabric(plugins=YourClusterEnvironment()). If this is the only task, unset these variables."
+    )
+
+
+def _seen_of_scheduler() -> tuple[Setting, ...]:
+    """The variables that tell of several tasks, none if there is one task or no scheduler."""
+    named = settings.SLURM_JOB_NAME.text() not in ("bash", "interactive")
+    if named and settings.SLURM_PROCID.is_set() and _several(settings.SLURM_NTASKS):
+        return settings.SLURM_NTASKS, settings.SLURM_PROCID
+    if settings.LSB_JOBID.is_set() and settings.JSM_NAMESPACE_RANK.is_set():
+        return settings.LSB_JOBID, settings.JSM_NAMESPACE_RANK
+    return tuple(setting for setting in (settings.OMPI_COMM_WORLD_SIZE, settings.PMI_SIZE) if _several(setting))
+
+
+def _several(setting: Setting) -> bool:
+    text = setting.text() or ""
+    return text.isdigit() and int(text) > 1
 
 
 def find_free_network_port() -> int:

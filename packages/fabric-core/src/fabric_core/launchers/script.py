@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -11,19 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NoReturn
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.launcher import Launcher
-from fabric_core.distributed.exit import end_process, leave_cleanly, run_exit_functions
+from fabric_core.distributed.exit import end_process, flush_within, leave_cleanly, run_exit_functions
 from fabric_core.errors import UsageError
-from fabric_core.launchers.failure import from_exception, headline, render
+from fabric_core.launchers.failure import exit_code_of, from_exception, headline, render
 from fabric_core.launchers.processes import Crew, Placement
 from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT, INTERRUPT_PATIENCE, Outcome
 
 _EXCEPTION_LIMIT: Final = 0.15
 """Seconds that the main thread has to come up with its own error after another rank failed."""
 _VERDICT_LIMIT: Final = 8.0
+_FLUSH_LIMIT: Final = 0.2
 
 
 class ScriptLauncher(Launcher):
@@ -120,6 +122,10 @@ class _RankZero:
         self._rank = rank
         self._pid = os.getpid()
         self._outcome: Outcome | None = None
+        self._left: float | None = None  # when this rank came to its end
+        self._own_code = 0  # what it then gave to sys.exit()
+        self._exit = sys.exit
+        self._recorder: Callable[..., NoReturn] | None = None
         self._watched = threading.Event()
         self._ending = threading.Lock()
         self._previous_hook = sys.excepthook
@@ -129,6 +135,7 @@ class _RankZero:
     def protect(self) -> None:
         """From now on a failed worker ends this process, and a failure here ends the workers."""
         sys.excepthook = self._hook
+        sys.exit = self._recorder = self._recording_exit()
         atexit.register(self._on_exit)
         self._thread.start()
 
@@ -139,7 +146,10 @@ class _RankZero:
         finally:
             self._crew.close()
             self._watched.set()
-        if self._is_foreign(outcome):
+        if self._is_consequence(outcome):  # the interpreter is about to end with this rank's own exit code
+            self._tell_consequence(outcome)
+            self._restore_hook()
+        elif self._is_foreign(outcome):
             # The main thread usually finds out by itself, from a lost connection, and then ends in a better way.
             # After Ctrl-C, which reached it too, it may be saving its work.
             time.sleep(INTERRUPT_PATIENCE if outcome.exit_code == 130 else _EXCEPTION_LIMIT)
@@ -150,10 +160,27 @@ class _RankZero:
     def _is_foreign(self, outcome: Outcome) -> bool:
         return outcome.first is not None and outcome.first.rank != self._rank
 
+    def _is_consequence(self, outcome: Outcome) -> bool:
+        """Whether this rank failed by ``sys.exit()``, and others only because they still talked to it."""
+        first, left = outcome.first, self._left
+        if first is None or left is None or not self._own_code or not self._is_foreign(outcome):
+            return False
+        return first.is_symptom and first.when >= left
+
+    def _tell_consequence(self, outcome: Outcome) -> None:
+        ranks = ", ".join(str(failure.rank) for failure in outcome.failures)
+        with contextlib.suppress(Exception):
+            self._stderr.write(
+                f"Rank {self._rank} ended itself with exit code {self._own_code}. Afterwards rank {ranks} failed too: "
+                f"{outcome.failures[0].summary[:200]}\n"
+            )
+            self._stderr.flush()
+
     def _end(self, outcome: Outcome) -> None:
         """End this process without the main thread, which may be stuck in native code. The first caller prevails."""
         if self._ending.acquire(blocking=False):
             self._tell(outcome)
+            flush_within(_FLUSH_LIMIT)
             end_process(outcome.exit_code)
 
     def _tell(self, outcome: Outcome) -> None:
@@ -186,6 +213,19 @@ class _RankZero:
     def _restore_hook(self) -> None:
         if sys.excepthook == self._hook:  # someone else's hook on top calls this one, and this one goes on as before
             sys.excepthook = self._previous_hook
+        if sys.exit is self._recorder:
+            sys.exit = self._exit
+
+    def _recording_exit(self) -> Callable[..., NoReturn]:
+        """``sys.exit`` that remembers the exit code: Python hides it from the functions that it runs at the end."""
+
+        @functools.wraps(self._exit)
+        def exit_(status: Any = None, /) -> NoReturn:
+            if threading.current_thread() is threading.main_thread():
+                self._own_code = exit_code_of(SystemExit(status))
+            self._exit(status)
+
+        return exit_
 
     def _on_exit(self) -> None:
         """This rank has come to its end; wait for the others, which may still be at work."""
@@ -193,5 +233,6 @@ class _RankZero:
             return
         if self._watched.is_set() and (self._outcome is None or not self._is_foreign(self._outcome)):
             return
+        self._left = time.time()
         leave_cleanly()  # or a worker would wait in a collective for a rank that has left
         self._thread.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -19,13 +20,14 @@ from typing import Any, ClassVar, Final
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.launcher import Launcher
-from fabric_core.distributed.exit import leave_from_hook
+from fabric_core.distributed.exit import leave_from_hook, open_files
 from fabric_core.errors import InvalidArgumentError, UsageError, WorkerFailedError
 from fabric_core.launchers.failure import render
 from fabric_core.launchers.processes import Placement
 from fabric_core.launchers.spawned import Package, Task, fail_unguarded, read_result, run_task
 from fabric_core.launchers.state import GlobalState
-from fabric_core.launchers.supervisor import Supervisor, Worker
+from fabric_core.launchers.supervisor import INTERRUPT_PATIENCE, Supervisor, Worker
+from fabric_core.launchers.terminal import typed_at_terminal
 
 _GUARD: Final = """\
 The program started processes while it was itself being loaded by one of them. Processes that are spawned import the \
@@ -82,6 +84,8 @@ class SpawnLauncher(Launcher):
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the function in ``num_processes`` new processes; return rank 0's result, its tensors on the CPU.
 
+        After Ctrl-C the workers have a moment to end in their own way, then ``KeyboardInterrupt`` is raised here.
+
         Raises:
             WorkerFailedError: a process failed; the message holds the first failure's traceback, rank and host. If
                 nobody catches it, this process ends with that worker's exit code.
@@ -100,20 +104,25 @@ class SpawnLauncher(Launcher):
         processes = self._start(folder, package, supervisor)
         self.pids = [process.pid or 0 for process in processes]
         try:
-            outcome = supervisor.watch()
+            with _interrupts_passed_on(supervisor):
+                outcome = supervisor.watch()
         finally:
             for process in processes:
                 process.join()
+        if outcome.signal is not None:
+            raise KeyboardInterrupt
         if outcome.first is not None:
             raise exiting_with_its_code(WorkerFailedError(render(outcome.first, outcome.failures), outcome.exit_code))
 
     def _start(self, folder: Path, package: Package, supervisor: Supervisor) -> list[BaseProcess]:
         context: Any = multiprocessing.get_context(self.start_method)
-        state = GlobalState.capture() if self.start_method != "fork" else None
+        forked = self.start_method == "fork"
+        state = None if forked else GlobalState.capture()
+        files = tuple(open_files()) if forked else ()
         started: list[BaseProcess] = []
         try:
             for local_rank in range(self.num_processes):
-                task = self._task(folder, local_rank, state)
+                task = self._task(folder, local_rank, state, files)
                 process = context.Process(target=run_task, args=(task, package), name=f"fabric-rank-{task.place.rank}")
                 with task.announced(), _fork_warning_off():
                     process.start()
@@ -126,7 +135,7 @@ class SpawnLauncher(Launcher):
             raise
         return started
 
-    def _task(self, folder: Path, local_rank: int, state: GlobalState | None) -> Task:
+    def _task(self, folder: Path, local_rank: int, state: GlobalState | None, files: tuple[Any, ...]) -> Task:
         place = Placement(
             local_rank=local_rank,
             local_world_size=self.num_processes,
@@ -138,7 +147,7 @@ class SpawnLauncher(Launcher):
         # For the kernel it is the thread that starts a process whose end counts, and with a fork server neither is.
         by_signal = threading.current_thread() is threading.main_thread()
         parent = os.getpid() if self.start_method != "forkserver" else None
-        return Task(place, str(folder), self.start_method, parent, by_signal, state)
+        return Task(place, str(folder), self.start_method, parent, by_signal, state, files)
 
 
 def exiting_with_its_code(error: WorkerFailedError) -> WorkerFailedError:
@@ -180,6 +189,24 @@ def _supervised(process: BaseProcess, task: Task) -> Worker:
             os.kill(process.pid, number)
 
     return Worker(task.place.rank, wait, send, process.terminate, process.kill, task.report)
+
+
+@contextmanager
+def _interrupts_passed_on(supervisor: Supervisor) -> Iterator[None]:
+    """While entered, a Ctrl-C reaches the workers instead of this process, unless the program has its own handler."""
+
+    def handle(number: int, _: object) -> None:
+        supervisor.interrupt(number, forward=not typed_at_terminal(), patience=INTERRUPT_PATIENCE)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class Task:
         parent: the process to end with; ``None`` if this process is not started by that one directly.
         by_signal: whether the kernel may watch the parent.
         state: what to restore in a fresh interpreter.
+        inherited: files of the parent that a forked process must not write out a second time.
     """
 
     place: Placement
@@ -74,6 +75,7 @@ class Task:
     parent: int | None
     by_signal: bool
     state: GlobalState | None
+    inherited: tuple[Any, ...] = ()
 
     @property
     def report(self) -> Path:
@@ -103,7 +105,7 @@ def run_task(task: Task, package: Package) -> NoReturn:
     for setting, value in task.place.variables().items():
         setting.set(value)
     code = guard(lambda: _work(task, package), task.place.rank, task.report)
-    _run_exit_functions(task.start_method, code)
+    _run_exit_functions(task.start_method, code, task.inherited)
     end_process(code)
 
 
@@ -182,13 +184,13 @@ def _modules_in(value: Any, kind: type[Any], seen: set[int]) -> Iterator[Any]:
         yield from _modules_in(getattr(value.__self__, "__dict__", None), kind, seen)
 
 
-def _run_exit_functions(start_method: str, code: int) -> None:
+def _run_exit_functions(start_method: str, code: int, inherited: tuple[Any, ...]) -> None:
     """Those of this process: a forked one has also inherited its parent's, which are not to run here."""
+    limit = CLEAN_UP_LIMIT if code else None
     if start_method == "fork":
         from multiprocessing import util
 
         end_children: Any = getattr(util, "_exit_function", None)
-        if end_children is not None:
-            end_children()
+        run_exit_functions(limit, code, end_children or (lambda: None), inherited)
     else:
-        run_exit_functions(CLEAN_UP_LIMIT if code else None, code)
+        run_exit_functions(limit, code)
