@@ -38,8 +38,23 @@ def test_workers_find_what_torchrun_would_tell_them(programs):
 
 def test_only_what_was_typed_is_exported(programs):
     names = "LT_CLI_USED,LT_DEVICES,LT_STRATEGY,LT_NUM_NODES,LT_PRECISION,LT_ACCELERATOR"
-    assert programs.fabric_run("--strategy=ddp", programs.write(SHOW), names, "--precision", "bf16").code == 0
-    assert list(seen(programs, 0).values()) == ["1", None, "ddp", None, "bf16", None]
+    words = ["--strategy=ddp", "--devices", "1", programs.write(SHOW), names, "--precision", "bf16"]
+    assert programs.fabric_run(*words).code == 0
+    assert list(seen(programs, 0).values()) == ["1", "1", "ddp", None, "bf16", None]
+
+
+def test_without_devices_the_script_itself_decides_how_many(programs):
+    script = programs.write(
+        """
+        import os, sys, torch
+        from fabric_core import Fabric
+        fabric = Fabric(accelerator="cpu", devices=2)
+        total = fabric.all_reduce(torch.ones(1), reduce_op="sum").item()
+        print(f"{fabric.world_size} {total} {os.environ['LT_PRECISION']} {sys.argv[1:]}\\n", end="", flush=True)
+        """
+    )
+    ended = programs.fabric_run("--precision", "bf16-mixed", script, "--lr", "1")
+    assert (ended.code, ended.out) == (0, "2 2.0 bf16-mixed ['--lr', '1']\n" * 2), ended.err
 
 
 def test_the_second_node_has_the_later_ranks(programs):
@@ -81,7 +96,7 @@ def test_exit_functions_and_threads_finish_before_a_worker_ends(programs):
         print("end")
         """
     )
-    assert programs.fabric_run(script).out == "end\nthread\nlast\n"
+    assert programs.fabric_run("--devices", 1, script).out == "end\nthread\nlast\n"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +144,7 @@ def test_the_consequences_of_a_failure_take_one_line(programs):
 
 def test_a_crash_in_native_code_shows_the_python_lines(programs):
     script = programs.write("import ctypes\ndef poke():\n    ctypes.string_at(0)\npoke()")
-    ended = programs.fabric_run(script)
+    ended = programs.fabric_run("--devices", 1, script)
     assert ended.code == 139
     assert "line 3 in poke" in ended.err
 
@@ -187,7 +202,7 @@ def test_a_termination_signal_is_passed_on(programs):
 
 def test_runs_at_the_same_time_have_ports_of_their_own(programs):
     script = programs.write("import os, time; print(os.environ['MASTER_PORT']); time.sleep(0.3)")
-    jobs = [programs.start("-m", "fabric_core", "run", script) for _ in range(4)]
+    jobs = [programs.start("-m", "fabric_core", "run", "--devices", 1, script) for _ in range(4)]
     assert len({programs.end(job).out for job in jobs}) == 4
 
 
@@ -213,7 +228,9 @@ def test_what_cannot_work_is_refused_with_what_would(programs, words, expected):
 
 
 def test_the_launcher_imports_no_torch(programs):
-    command = "import sys; from fabric_core.cli.run import run; run(['program.py'], standalone_mode=False)"
+    command = (
+        "import sys; from fabric_core.cli.run import run; run(['--devices', '1', 'program.py'], standalone_mode=False)"
+    )
     programs.write("import sys; assert 'torch' not in sys.modules")
     ended = programs.run("-c", f"{command}; print('torch' in sys.modules)")
     assert (ended.code, ended.out) == (0, "False\n"), ended.err
@@ -237,14 +254,14 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(programs, monkeypatch
     folder = programs.folder / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    assert programs.fabric_run(programs.write("raise ValueError")).code == 1
+    assert programs.fabric_run("--devices", 1, programs.write("raise ValueError")).code == 1
     assert os.listdir(folder) == []
 
 
 def test_a_failure_is_shown_even_if_an_exit_function_hangs(programs):
     script = programs.write("import atexit, time; atexit.register(time.sleep, 60); raise ValueError('first')")
     started = time.monotonic()
-    ended = programs.fabric_run(script)
+    ended = programs.fabric_run("--devices", 1, script)
     assert ended.code == 1
     assert ended.err.endswith("ValueError: first\n")
     assert time.monotonic() - started < 20

@@ -72,7 +72,15 @@ class Fabric(Processes, SettingUp, Stepping, Communication, Checkpoints):
         self._launch_with_run()
         self._notify("fabric_on_init")
         if settings.CLI_USED.flag():
+            self._start_under_command_line()
+
+    def _start_under_command_line(self) -> None:
+        """Scripts for ``fabric run`` need not call ``launch``: join the processes it started, or start them."""
+        launcher = self._strategy.launcher
+        if launcher is None:
             self._enter_process()
+        elif not launcher.requires_function:
+            self.launch()
 
     @staticmethod
     def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:

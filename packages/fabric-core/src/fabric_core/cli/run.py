@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -82,7 +83,7 @@ class Job:
 @click.command("run", cls=RunCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--accelerator", help="Kind of device: a registered name, gpu, or auto.")
 @click.option("--strategy", help="How the model is spread: a registered name, or auto.")
-@click.option("--devices", help='Devices of this node: a count "2", a list "0,1", "-1" or auto. Default: one.')
+@click.option("--devices", help='Devices of this node: "2", "0,1", "-1", auto. Default: the script decides.')
 @click.option("--num-nodes", "--num_nodes", type=click.IntRange(1), help="Nodes in all. Default: 1.")
 @click.option("--node-rank", "--node_rank", type=click.IntRange(0), default=0, show_default=True, help="This node.")
 @click.option("--main-address", "--main_address", default="127.0.0.1", show_default=True, help="Address of node 0.")
@@ -101,7 +102,10 @@ def run(ctx: click.Context, /, target: tuple[str, ...], **options: Any) -> None:
 
     What is typed here stands in for the arguments of Fabric(...) in the script; what is not typed is left to it.
     """
-    ctx.exit(start(job_from(target, options)))
+    job = job_from(target, options)
+    if options["devices"] is None and job.num_nodes == 1 and job.main_port is None:
+        become(job)
+    ctx.exit(start(job))
 
 
 def job_from(target: Sequence[str], options: Mapping[str, Any]) -> Job:
@@ -132,6 +136,21 @@ def job_from(target: Sequence[str], options: Mapping[str, Any]) -> Job:
         main_port=options["main_port"] or (_MULTI_NODE_PORT if num_nodes > 1 else settings.STANDALONE_PORT.integer()),
         exported={**typed, settings.CLI_USED: 1},
     )
+
+
+def become(job: Job) -> NoReturn:
+    """Turn this process into the script, as ``python SCRIPT`` would be, with what was typed in its environment.
+
+    The number of processes was not typed, so it is the script's to say; its own ``Fabric`` starts the others.
+    """
+    for setting, value in job.exported.items():
+        setting.set(value)
+    command = [sys.executable, *job.target]
+    if sys.platform == "win32":  # there, exec ends the parent at once, and the shell goes on
+        sys.exit(subprocess.call(command))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, command)
 
 
 def start(job: Job) -> int:
