@@ -135,7 +135,25 @@ def _moved(value: Any, device: Device) -> Any:
     return value
 
 
+def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter and buffer, once for each place it stands in, in no particular order.
+
+    ``parameters()`` builds names and remembers what it has seen, which costs several times as much.
+    """
+    pending, seen = [module], set()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for held in (part._parameters, part._buffers):
+            for tensor in held.values():
+                if tensor is not None:
+                    yield tensor
+        pending.extend(child for child in part._modules.values() if child is not None)
+
+
 def move_in_place(module: nn.Module, device: torch.device) -> None:
     """``module.to(device)``, unless all of it is there: looking is cheaper than going through every tensor's ``to``."""
-    if any(tensor.device != device for tensors in (module.parameters(), module.buffers()) for tensor in tensors):
+    if any(tensor.device != device for tensor in tensors_of(module)):
         module.to(device)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
+from fabric_core.module_init import tensors_of
 from fabric_core.warnings import possible_user_warning
 from fabric_core.wrappers.optimizer import FabricOptimizer
 from fabric_core.wrappers.unwrap import is_wrapped
@@ -67,22 +68,23 @@ def _kind(obj: object) -> str:
 
 def move_module(module: nn.Module, strategy: Strategy) -> None:
     """Have the strategy put the module on its device, in place; warn of one that is spread over several."""
+    if len({tensor.device for tensor in tensors_of(module)}) > 1:
+        _warn_of_several_devices(module, strategy.root_device)
+    strategy.module_to_device(module)
+
+
+def _warn_of_several_devices(module: nn.Module, target: torch.device) -> None:
     counts: dict[torch.device, int] = {}
     examples: dict[torch.device, str] = {}
     for named in (module.named_parameters(), module.named_buffers()):
         for name, tensor in named:
-            device = tensor.device
-            if device in counts:
-                counts[device] += 1
-            else:
-                counts[device], examples[device] = 1, name
-    if len(counts) > 1:
-        listing = ", ".join(f"{n} on {device} (such as {examples[device]!r})" for device, n in counts.items())
-        possible_user_warning(
-            f"The module's parameters and buffers are on several devices: {listing}. All are moved to "
-            f"{strategy.root_device}. To keep them where they are, pass move_to_device=False."
-        )
-    strategy.module_to_device(module)
+            counts[tensor.device] = counts.get(tensor.device, 0) + 1
+            examples.setdefault(tensor.device, name)
+    listing = ", ".join(f"{n} on {device} (such as {examples[device]!r})" for device, n in counts.items())
+    possible_user_warning(
+        f"The module's parameters and buffers are on several devices: {listing}. All are moved to {target}. To keep "
+        "them where they are, pass move_to_device=False."
+    )
 
 
 def bind_to_fabric(module: Any, fabric: Any, optimizers: list[Any]) -> bool:
