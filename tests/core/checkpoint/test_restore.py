@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fabric_core.abc.checkpoint import CheckpointIO
-from fabric_core.checkpoint.restore import restore
+from fabric_core.checkpoint.restore import Access, restore
 from fabric_core.checkpoint.state import collect_state
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 from fabric_core.checkpoint.write import write_checkpoint
@@ -390,8 +390,10 @@ def test_strategies_say_how_modules_are_loaded(io, path):
         io,
         path,
         {"m": wrapped},
-        module_loader=lambda m, state, strict: m[0].load_state_dict(state, strict=strict),
-        module_state=lambda m: m[0].state_dict(),
+        access=Access(
+            load_module=lambda m, state, strict: m[0].load_state_dict(state, strict=strict),
+            module_state=lambda m: m[0].state_dict(),
+        ),
     )
     assert same(wrapped[0].state_dict(), network().state_dict())
 
@@ -403,8 +405,10 @@ def test_a_live_state_that_is_a_copy_still_works(io, path):
         io,
         path,
         {"m": wrapped},
-        module_loader=lambda m, state, strict: m[0].load_state_dict(state, strict=strict),
-        module_state=lambda m: copy.deepcopy(m[0].state_dict()),
+        access=Access(
+            load_module=lambda m, state, strict: m[0].load_state_dict(state, strict=strict),
+            module_state=lambda m: copy.deepcopy(m[0].state_dict()),
+        ),
     )
     assert same(wrapped[0].state_dict(), network().state_dict())
 

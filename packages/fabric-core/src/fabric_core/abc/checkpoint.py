@@ -37,5 +37,12 @@ class CheckpointIO(ABC):
     def remove_checkpoint(self, path: Path) -> None:
         """Remove the file or folder; no error if it is absent."""
 
+    def drain(self) -> None:
+        """Return once nothing is being written any more; raise what failed in the background.
+
+        An IO whose ``save_checkpoint`` returns earlier than that brings its own. Then all ranks wait for each other
+        before they load, and before the processes part.
+        """
+
     def teardown(self) -> None:
         """Finish what is still being written; raise what failed in the background."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from fabric_core.lazy import name_table
 
 if TYPE_CHECKING:
+    from fabric_core.checkpoint.async_io import AsyncCheckpointIO as AsyncCheckpointIO
     from fabric_core.checkpoint.commit import publish as publish
     from fabric_core.checkpoint.lazy import OpenCheckpoint as OpenCheckpoint
     from fabric_core.checkpoint.paths import get_filesystem as get_filesystem
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fabric_core.checkpoint.write import write_checkpoint as write_checkpoint
 
 _TABLE = {
+    "AsyncCheckpointIO": "fabric_core.checkpoint.async_io:AsyncCheckpointIO",
     "OpenCheckpoint": "fabric_core.checkpoint.lazy:OpenCheckpoint",
     "TorchCheckpointIO": "fabric_core.checkpoint.torch_io:TorchCheckpointIO",
     "check_keys": "fabric_core.checkpoint.state:check_keys",

@@ -10,22 +10,25 @@ from __future__ import annotations
 import errno
 import io
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, BinaryIO
 
+from fabric_core.checkpoint.durable import (
+    DRAFT_SUFFIX,
+    draft_prefix,
+    folder_to_disk,
+    lock,
+    lock_at_once,
+    new_name,
+    to_disk,
+)
 from fabric_core.checkpoint.paths import is_remote, resolve
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     from fabric_core.types import Path
-
-_SUFFIX = ".partial"
 
 
 @contextmanager
@@ -93,16 +96,16 @@ class _Draft:
             named = self.file.fileno() if os.chmod in os.supports_fd else self._name or ""
             os.chmod(named, stat.S_IMODE(mode))
         self.file.flush()
-        _to_disk(self.file.fileno())
+        to_disk(self.file.fileno())
         if self._name is None:
-            self._name = _new_name(self._target)
+            self._name = new_name(self._target)
             # A directory descriptor makes Python call linkat, which can follow the link in /proc; link cannot.
             os.link(f"/proc/self/fd/{self.file.fileno()}", self._name, src_dir_fd=0, follow_symlinks=True)
         if sys.platform == "win32":
             self.file.close()  # an open file cannot be renamed there
         os.replace(self._name, self._target)
         self._name = None
-        _folder_to_disk(os.path.dirname(self._target))
+        folder_to_disk(os.path.dirname(self._target))
 
 
 def _open_nameless(target: str) -> _Draft | None:
@@ -116,16 +119,16 @@ def _open_nameless(target: str) -> _Draft | None:
         if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
             return None
         raise
-    _lock(fd)  # it will have a name for a moment between link and rename
+    lock(fd)  # it will have a name for a moment between link and rename
     return _Draft(os.fdopen(fd, "wb"), target, None)
 
 
 def _open_named(target: str) -> _Draft:
     """A draft under a name of its own, locked."""
     while True:
-        name = _new_name(target)
+        name = new_name(target)
         fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
-        _lock(fd)
+        lock(fd)
         if os.fstat(fd).st_nlink:
             return _Draft(os.fdopen(fd, "wb"), target, name)
         os.close(fd)  # another process took it for abandoned before the lock was held
@@ -133,9 +136,9 @@ def _open_named(target: str) -> _Draft:
 
 def _remove_abandoned(target: str) -> None:
     """Remove drafts of the same target whose writer is dead."""
-    folder, start = os.path.dirname(target), _prefix(target)
+    folder, start = os.path.dirname(target), draft_prefix(target)
     for name in os.listdir(folder):
-        if name.startswith(start) and name.endswith(_SUFFIX):
+        if name.startswith(start) and name.endswith(DRAFT_SUFFIX):
             with suppress(OSError):  # alive, or already gone, or not ours
                 _remove_if_unlocked(os.path.join(folder, name))
 
@@ -146,25 +149,10 @@ def _remove_if_unlocked(name: str) -> None:
         return
     fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_at_once(fd)
         os.unlink(name)
     finally:
         os.close(fd)
-
-
-def _lock(fd: int) -> None:
-    if sys.platform != "win32":
-        with suppress(OSError):  # file systems without locks: nothing can be told abandoned, nothing is removed
-            fcntl.flock(fd, fcntl.LOCK_EX)
-
-
-def _prefix(target: str) -> str:
-    # The file system's limit is 255 bytes; what is added takes fewer than 40.
-    return "." + os.fsdecode(os.fsencode(os.path.basename(target))[:200]) + "."
-
-
-def _new_name(target: str) -> str:
-    return os.path.join(os.path.dirname(target), f"{_prefix(target)}{secrets.token_hex(8)}{_SUFFIX}")
 
 
 def _refuse_protected(target: str, mode: int) -> None:
@@ -185,24 +173,3 @@ def _mode_of(target: str) -> int | None:
         return os.stat(target).st_mode
     except FileNotFoundError:
         return None
-
-
-def _to_disk(fd: int) -> None:
-    if sys.platform == "darwin":
-        with suppress(OSError):  # fsync alone stops at the drive's cache there
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(fd)
-
-
-def _folder_to_disk(folder: str) -> None:
-    if sys.platform == "win32":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot sync folders
-            raise
-    finally:
-        os.close(fd)

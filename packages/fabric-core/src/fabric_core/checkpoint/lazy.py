@@ -33,7 +33,10 @@ class OpenCheckpoint:
 
     Attributes:
         content: the stored object. Tensors in it may be windows on the file until ``own`` has run over them.
+        is_folder: it is a sharded checkpoint, in which every state has a name and lies beside the others.
     """
+
+    is_folder: bool = False
 
     def __init__(self, content: Any) -> None:
         self.content = content
@@ -46,12 +49,37 @@ class OpenCheckpoint:
         """Whether no other tensor of the checkpoint shares the window's memory."""
         return False
 
-    def read_into(self, window: Tensor, destination: Tensor) -> None:
-        """Write the values of a window to ``destination``: same shape, any dtype, layout and device."""
-        raise NotImplementedError
+    def read(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """For each pair, write the values of a tensor of the checkpoint to a destination.
 
-    def own(self, tree: Any) -> None:
-        """Give all tensors in ``tree`` memory of their own, in place; those that shared some, share it again."""
+        A destination has the same shape, and any dtype, layout and device; of one that is spread over ranks, this
+        rank's part is written. Every rank must call it where the checkpoint is read by one for all.
+        """
+        from fabric_core.checkpoint.dtensors import part_for  # what it stands on stands on this file
+
+        parts = [part_for(window, destination) for window, destination in pairs]
+        in_parallel(lambda part: self.read_into(*part), parts, sum(part.nbytes for part, _ in parts))
+
+    @torch.no_grad()
+    def read_into(self, window: Tensor, destination: Tensor) -> None:
+        """Write the values of a window, or of a view of one, to memory of the same shape."""
+        destination.copy_(window)
+
+    def values(self, tree: Any) -> Any:
+        """``tree`` with stored objects that are no tensors in their places, wherever they were left aside at first."""
+        return tree
+
+    def own(self, tree: Any) -> Any:
+        """``tree`` with all tensors in memory of their own; in place where possible.
+
+        Those that shared some in the checkpoint share it again, where the checkpoint tells.
+        """
+        return tree
+
+    def rest(self, asked: Iterable[Any]) -> dict[Any, Any]:
+        """What a load returns beside the names that were asked for. Not in memory before ``own``."""
+        asked = set(asked)
+        return {key: value for key, value in self.content.items() if key not in asked}
 
     def close(self) -> None:
         """Windows that remain must not be used any more."""
@@ -82,7 +110,7 @@ class MappedCheckpoint(OpenCheckpoint):
 
     @torch.no_grad()
     def read_into(self, window: Tensor, destination: Tensor) -> None:
-        """Write the values of a window to ``destination``: same shape, any dtype, layout and device."""
+        """Write the values of a window, or of a view of one, to memory of the same shape."""
         if window.numel() == 0:
             return
         if self._reader is None:
@@ -90,25 +118,26 @@ class MappedCheckpoint(OpenCheckpoint):
         elif _same_bytes(window, destination):
             self._reader.read(window.data_ptr(), destination.data_ptr(), window.nbytes)
         elif window.is_contiguous() and destination.is_contiguous():
-            self._read_in_chunks(window.view(-1), destination.view(-1))
+            self._read_in_pieces(window.view(-1), destination.view(-1))
         else:
-            buffer = torch.empty(span(window), dtype=window.dtype)
-            self._reader.read(window.data_ptr(), buffer.data_ptr(), buffer.nbytes)
-            destination.copy_(buffer.as_strided(window.size(), window.stride()))
+            self._read_in_pieces(window, destination)
 
-    def _read_in_chunks(self, window: Tensor, destination: Tensor) -> None:
+    def _read_in_pieces(self, window: Tensor, destination: Tensor) -> None:
+        """Through a small buffer, cut along the dimension whose steps in the file are the longest."""
         assert self._reader is not None
-        length = max(1, _CHUNK // window.element_size())
-        buffer = torch.empty(min(length, window.numel()), dtype=window.dtype)
-        for first in range(0, window.numel(), length):
-            source = window[first : first + length]
-            part = buffer[: source.numel()]
-            self._reader.read(source.data_ptr(), part.data_ptr(), source.nbytes)
-            destination[first : first + length].copy_(part)
+        dim = max(range(window.dim()), key=window.stride)
+        step = window.stride(dim) * window.element_size()
+        length = max(1, _CHUNK // step) if step else window.size(dim)
+        for first in range(0, window.size(dim), length):
+            count = min(length, window.size(dim) - first)
+            source, target = window.narrow(dim, first, count), destination.narrow(dim, first, count)
+            buffer = torch.empty(span(source), dtype=window.dtype)
+            self._reader.read(source.data_ptr(), buffer.data_ptr(), buffer.nbytes)
+            target.copy_(buffer.as_strided(source.size(), source.stride()))
 
     @torch.no_grad()
-    def own(self, tree: Any) -> None:
-        """Give all tensors in ``tree`` memory of their own, in place; those that shared some, share it again."""
+    def own(self, tree: Any) -> Any:
+        """``tree`` itself, its tensors in memory of their own; those that shared some, share it again."""
         windows = {id(leaf): leaf for _, leaf in leaves(tree, "") if id(leaf) in self._windows}
         mapped = {storage.data_ptr(): storage for storage in (leaf.untyped_storage() for leaf in windows.values())}
         pairs = [
@@ -124,6 +153,7 @@ class MappedCheckpoint(OpenCheckpoint):
             storage = owned[leaf.untyped_storage().data_ptr()]
             leaf.set_(storage, leaf.storage_offset(), leaf.size(), leaf.stride())
             del self._windows[id_]
+        return tree
 
     def _read_storage(self, pair: tuple[torch.UntypedStorage, torch.UntypedStorage]) -> None:
         mapped, own = pair
@@ -195,9 +225,11 @@ def open_mapped(path: str) -> MappedCheckpoint | None:
         content = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
         found = [leaf for _, leaf in leaves(content, "")]
         windows = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+        for window in windows:
+            window.__dict__.pop("_has_been_cloned", None)  # FSDP1's note to itself, in every file of whole weights
         if not all(type(leaf) in SAFE_LEAVES for leaf in found) or not all(map(is_plain_tensor, windows)):
             return None
-        reader = _reader(file.fileno(), windows, path) if byte_order == sys.byteorder else None
+        reader = find_reader(file.fileno(), windows, path) if byte_order == sys.byteorder else None
         return MappedCheckpoint(content, windows, path, reader)
 
 
@@ -261,7 +293,7 @@ def _byte_order(file: Any) -> str:
             return "little"  # files older than the entry
 
 
-def _reader(fd: int, windows: list[Tensor], path: str) -> FileReader | None:
+def find_reader(fd: int, windows: list[Tensor], path: str) -> FileReader | None:
     """A reader for the file, if the system tells where in memory it is mapped."""
     spans = [(storage.data_ptr(), storage.nbytes()) for storage in (tensor.untyped_storage() for tensor in windows)]
     spans = [span for span in spans if span[1]]

@@ -4,48 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from fabric_core.checkpoint.lazy import OpenCheckpoint, in_parallel, is_plain_tensor, span
+from fabric_core.checkpoint.dtensors import empty_like, local_of
+from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor, span
+from fabric_core.checkpoint.portable import clean_keys
+from fabric_core.checkpoint.sharded.boxes import is_dtensor
+from fabric_core.checkpoint.tree import leaves, replaced
 from fabric_core.errors import CheckpointError, CheckpointKeyError
 
 
 @dataclass
 class Transfer:
-    """One tensor of the file and the live memory that it belongs in; ``holder[key]`` is its place in the content."""
+    """One tensor of the checkpoint and the live memory that it belongs in; ``holder[key]`` is its place in the state.
 
-    holder: MutableMapping[Any, Any]
+    ``live`` may be spread over ranks: then its memory is this rank's part of it.
+    """
+
+    holder: Any
     key: Any
     window: Tensor
     live: Tensor
 
+    @property
+    def local(self) -> Tensor:
+        """The live memory of this rank."""
+        return local_of(self.live)
+
     def memory(self) -> tuple[str, int, int]:
         """Device, first byte and end of the live memory."""
-        start = self.live.data_ptr()
-        return str(self.live.device), start, start + span(self.live) * self.live.element_size()
-
-    def same_as(self, other: Transfer) -> bool:
-        """Whether both bring the same bytes of the file to the same place."""
-        return _view(self.live) == _view(other.live) and _view(self.window) == _view(other.window)
+        local = self.local
+        start = local.data_ptr()
+        return str(local.device), start, start + span(local) * local.element_size()
 
 
 @dataclass
 class Plan:
-    """The transfers into one object. Carrying them out cannot fail for reasons that could be known before."""
+    """What to load into one object, and which of its tensors to read straight into live memory first.
 
+    Carrying it out cannot fail for reasons that could be known before.
+
+    Attributes:
+        state: the state to load, in the form that the object takes.
+        transfers: tensors of ``state`` with a place in live memory.
+        implicit: ``state`` will hold whole tensors for parameters that are spread over ranks.
+    """
+
+    state: Any
     transfers: list[Transfer] = field(default_factory=list)
+    implicit: bool = False
 
     def carry_out(self, source: OpenCheckpoint) -> None:
-        """Read the file into live memory, and put the live tensors in the content in place of the windows."""
-        # Of tensors that overlap and differ, which one wins is for the object's own loading to say.
-        groups = [group for group in _by_memory(self.transfers) if all(group[0].same_as(other) for other in group[1:])]
-        size = sum(group[0].window.nbytes for group in groups)
-        in_parallel(lambda group: source.read_into(group[0].window, group[0].live), groups, size)
+        """Read into live memory, and put the live tensors in the state in place of the windows."""
+        # Of tensors that overlap and are not the same, which one wins is for the object's own loading to say. Of
+        # several for the same one, the last wins there too.
+        groups = [group for group in _by_memory(self.transfers) if len({_view(other.local) for other in group}) == 1]
+        source.read([(group[-1].window, group[-1].live) for group in groups])
         for group in groups:
             for transfer in group:
                 transfer.holder[transfer.key] = transfer.live
@@ -58,78 +76,52 @@ def plan_module(
 
     Raises:
         CheckpointKeyError: keys that differ, if ``strict``; all of them are named.
-        CheckpointError: shapes that differ, or no state of a module at all.
+        CheckpointError: shapes that differ, parameters without memory, or no state of a module at all.
     """
+    saved = clean_keys(saved)
     if not isinstance(saved, MutableMapping):
         raise CheckpointError(f"{name} is a {type(saved).__name__} in the checkpoint, not the state of a module.")
     elsewhere = _memory_loaded_by_custom_code(module)
     if not elsewhere:  # custom code may rename and reshape: then only loading itself can tell what fits
         _check_fit(module, saved, live, strict, name)
-    plan = Plan()
+    plan = Plan(saved, implicit=bool(elsewhere) and any(map(is_dtensor, live.values())))
     for key, target in live.items():
         window = saved.get(key)
         if (
             isinstance(window, Tensor)
-            and source.is_window(window)
-            and is_plain_tensor(target)
+            and (source.is_window(window) or is_dtensor(target))
+            and (is_dtensor(target) or is_plain_tensor(target))
             and target.device.type != "meta"
             and window.shape == target.shape
             and window.is_complex() == target.is_complex()
-            and target.data_ptr() not in elsewhere
+            and local_of(target).data_ptr() not in elsewhere
         ):
             plan.transfers.append(Transfer(saved, key, window, target))
     return plan
 
 
-def plan_optimizer(source: OpenCheckpoint, optimizer: Optimizer, saved: Any, name: str) -> Plan:
-    """What of ``saved`` to read straight into the optimizer's state tensors.
+def plan_values(source: OpenCheckpoint, live: Any, saved: Any) -> Plan:
+    """For what is neither a module nor an optimizer: tensors that are spread in ``live`` are to be spread alike.
 
-    ``CheckpointError`` if ``saved`` belongs to an optimizer with other parameter groups.
+    The plan's ``state`` is a list with the value as its one item.
     """
-    plan = Plan()
-    if type(optimizer).load_state_dict is not Optimizer.load_state_dict or _has_pre_hooks(optimizer):
-        return plan
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
-        raise CheckpointError(f"{name} is not the state of an optimizer in the checkpoint.")
-    have = [len(group["params"]) for group in optimizer.param_groups]
-    stored = [len(group["params"]) for group in saved["param_groups"]]
-    if have != stored:
-        raise CheckpointError(
-            f"{name}: the checkpoint has parameter groups of {stored} parameters, {type(optimizer).__name__} has "
-            f"{have}. Nothing was loaded. Create the optimizer from the same parameters as when it was saved."
-        )
-    ids = [id_ for group in saved["param_groups"] for id_ in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for id_, parameter in zip(ids, parameters, strict=True):
-        entries = saved["state"].get(id_)
-        if isinstance(entries, dict):
-            plan.transfers.extend(_optimizer_transfers(source, entries, parameter, optimizer.state.get(parameter)))
+    plan = Plan([source.values(saved)])
+    if any(is_dtensor(leaf) for _, leaf in leaves(live, "")):
+        plan.state = replaced(plan.state, lambda leaf: leaf)  # others may use the containers
+        plan.transfers.extend(_alike(plan.state, 0, live))
     return plan
 
 
-def _optimizer_transfers(
-    source: OpenCheckpoint, entries: dict[Any, Any], parameter: Tensor, state: Any
-) -> Iterator[Transfer]:
-    for key, window in entries.items():
-        if not isinstance(window, Tensor) or not source.is_window(window) or not source.is_alone(window):
-            continue
-        live: Any = state.get(key) if isinstance(state, Mapping) else None
-        if not (
-            is_plain_tensor(live)
-            and not live.requires_grad
-            and (live.shape, live.dtype) == (window.shape, window.dtype)
-            and live.device.type != "meta"
-        ):
-            # No state yet. On other devices: go there tensor by tensor, not through a full copy in host memory.
-            # Only `step` may belong on the CPU, which the optimizer decides.
-            if parameter.device.type in ("cpu", "meta") or key == "step":
-                continue
-            live = torch.empty_like(window, device=parameter.device)
-        yield Transfer(entries, key, window, live)
-
-
-def _has_pre_hooks(optimizer: Optimizer) -> bool:
-    return bool(getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None))
+def _alike(holder: Any, key: Any, live: Any) -> Iterator[Transfer]:
+    value = holder[key]
+    if is_dtensor(live) and isinstance(value, Tensor) and value.shape == live.shape:
+        yield Transfer(holder, key, value, empty_like(live, value.shape, value.dtype))
+    elif isinstance(live, Mapping) and isinstance(value, dict):
+        for name in value.keys() & live.keys():
+            yield from _alike(value, name, live[name])
+    elif isinstance(live, list) and isinstance(value, list):
+        for index, item in enumerate(live[: len(value)]):
+            yield from _alike(value, index, item)
 
 
 def _memory_loaded_by_custom_code(module: nn.Module) -> set[int]:
@@ -138,13 +130,14 @@ def _memory_loaded_by_custom_code(module: nn.Module) -> set[int]:
     for child in module.modules():
         if _loads_itself(child):
             addresses.add(0)  # even a module without tensors may rename keys
-            addresses.update(tensor.data_ptr() for tensor in child.parameters() if is_plain_tensor(tensor))
-            addresses.update(tensor.data_ptr() for tensor in child.buffers() if is_plain_tensor(tensor))
+            for tensor in chain(child.parameters(), child.buffers()):
+                if is_plain_tensor(tensor) or is_dtensor(tensor):
+                    addresses.add(local_of(tensor).data_ptr())
     return addresses
 
 
 def _loads_itself(module: nn.Module) -> bool:
-    if getattr(module, "_load_state_dict_pre_hooks", None):
+    if any(not _is_of_torch(hook) for hook in getattr(module, "_load_state_dict_pre_hooks", {}).values()):
         return True
     for method in ("load_state_dict", "_load_from_state_dict"):
         if method in vars(module):
@@ -156,6 +149,11 @@ def _loads_itself(module: nn.Module) -> bool:
     return False
 
 
+def _is_of_torch(hook: Any) -> bool:
+    # Those of sharding and of activation checkpointing prepare the module, and put their prefix to names.
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.")
+
+
 def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, Any], strict: bool, name: str) -> None:
     # Batch norms of old torch versions did not count batches; loading fills that in.
     missing = [key for key in live if key not in saved and not key.endswith("num_batches_tracked")]
@@ -163,9 +161,14 @@ def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, A
     shapes = [
         f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(live[key].shape)} in the module"
         for key, value in saved.items()
-        if isinstance(value, Tensor) and is_plain_tensor(live.get(key)) and not _fits(value, live[key])
+        if isinstance(value, Tensor) and _has_shape(live.get(key)) and not _fits(value, live[key])
     ]
+    hollow = [key for key in saved if isinstance(live.get(key), Tensor) and live[key].is_meta]
     problems = [f"different shapes: {'; '.join(shapes)}"] if shapes else []
+    if hollow:
+        problems.append(
+            f"without memory to load into (on the meta device, set the module up first): {', '.join(hollow)}"
+        )
     if strict and missing:
         problems.append(f"missing in the checkpoint: {', '.join(missing)}")
     if strict and unexpected:
@@ -175,9 +178,13 @@ def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, A
     message = f"{name} does not fit {type(module).__name__}. Nothing was loaded. " + ". ".join(
         problem[0].upper() + problem[1:] for problem in problems
     )
-    if shapes:
+    if shapes or hollow:
         raise CheckpointError(message + ".")
     raise CheckpointKeyError(message + ". Pass strict=False to load what both have.")
+
+
+def _has_shape(live: Any) -> bool:
+    return is_plain_tensor(live) or is_dtensor(live)
 
 
 def _fits(value: Tensor, live: Tensor) -> bool:

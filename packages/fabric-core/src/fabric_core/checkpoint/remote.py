@@ -37,9 +37,16 @@ def _discarded_on_error(filesystem: Any, path: str) -> Iterator[BinaryIO]:
         file.close()
     except BaseException:
         with suppress(Exception):
-            file.discard()
+            _discard(file)
         raise
     file.commit()
+
+
+def _discard(file: Any) -> None:
+    """Give up a file, for good: one that is not closed would begin to upload when it is deleted, say at exit."""
+    file.discard()
+    with suppress(AttributeError):  # files in memory compute it
+        file.closed = True
 
 
 @contextmanager
@@ -68,7 +75,7 @@ def _can_discard(filesystem: Any, draft: str) -> bool:
     probe = filesystem.open(draft, "wb")
     kind = type(probe)
     if getattr(kind, "commit", plain.commit) is not plain.commit and hasattr(kind, "discard"):
-        probe.discard()
+        _discard(probe)
         return True
     probe.close()
     with suppress(FileNotFoundError):

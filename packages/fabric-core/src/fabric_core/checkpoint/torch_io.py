@@ -1,4 +1,7 @@
-"""Checkpoints as single files in torch's own format: whatever reads ``torch.save`` files reads these."""
+"""Checkpoints as single files in torch's own format: whatever reads ``torch.save`` files reads these.
+
+Files of weights called ``.safetensors`` are read as well.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,14 @@ from fabric_core.abc.checkpoint import CheckpointIO
 from fabric_core.checkpoint.commit import publish
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_archive, open_mapped
 from fabric_core.checkpoint.paths import is_http, is_remote, open_filesystem, resolve
-from fabric_core.errors import CheckpointError, InvalidTypeError, UnsafeCheckpointError
+from fabric_core.checkpoint.safetensors_io import is_safetensors, load_safetensors, open_safetensors
+from fabric_core.errors import (
+    CheckpointError,
+    FabricError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    UnsafeCheckpointError,
+)
 
 if TYPE_CHECKING:
     from fabric_core.types import MapLocation, Path
@@ -29,6 +39,7 @@ class TorchCheckpointIO(CheckpointIO):
 
         Raises:
             InvalidTypeError: ``storage_options`` were given; there are none.
+            InvalidArgumentError: ``path`` says safetensors, which torch then takes it for when reading.
             CheckpointError: something in ``checkpoint`` cannot be pickled.
             OSError: as the system says.
         """
@@ -36,6 +47,12 @@ class TorchCheckpointIO(CheckpointIO):
             raise InvalidTypeError(
                 f"{type(self).__name__} has no storage options, got {storage_options!r}. Leave them out, or pass a "
                 "CheckpointIO that knows them to Fabric(plugins=[...])."
+            )
+        if is_safetensors(path):
+            raise InvalidArgumentError(
+                f"{os.fspath(path)!r} would be taken for a file of safetensors, which hold one module's weights and no "
+                "more. Save under another name, such as .ckpt; the weights can be had from it: "
+                "fabric checkpoint convert x.ckpt x.safetensors --key model"
             )
         with publish(path) as file:
             try:
@@ -64,7 +81,9 @@ class TorchCheckpointIO(CheckpointIO):
         location: Any = "cpu" if map_location is None else map_location
         content: dict[str, Any]
         with _explained(path, safe):
-            if is_http(path):
+            if is_safetensors(path):
+                content = load_safetensors(path if is_remote(path) else _existing(path), location)
+            elif is_http(path):
                 content = torch.hub.load_state_dict_from_url(
                     resolve(path), map_location=location, progress=False, weights_only=safe
                 )
@@ -85,9 +104,10 @@ class TorchCheckpointIO(CheckpointIO):
         With ``weights_only=False`` they are all read first: code in the file may look at them.
         """
         opened: OpenCheckpoint | None = None
-        if weights_only is not False and not is_remote(path):
+        if not is_remote(path) and (weights_only is not False or is_safetensors(path)):
             with _explained(path, True):
-                opened = open_mapped(_existing(path))
+                local = _existing(path)
+                opened = open_safetensors(local) if is_safetensors(local) else open_mapped(local)
         if opened is None:
             opened = OpenCheckpoint(self.load_checkpoint(path, weights_only=weights_only))
         try:
@@ -131,7 +151,7 @@ def _explained(path: Path, safe: bool) -> Iterator[None]:
     """Turn what reading may raise into an error that names the file and what to do."""
     try:
         yield
-    except (CheckpointError, OSError, MemoryError, Warning):  # a warning that is an error says nothing of the file
+    except (FabricError, OSError, MemoryError, Warning):  # a warning that is an error says nothing of the file
         raise
     except Exception as error:
         name = os.fspath(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -39,3 +39,29 @@ def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
             stack.extend((f"{name}.{key}", value) for key, value in getattr(node, "__dict__", {}).items())
         else:
             stack.extend((f"{name}[{i}]", value) for i, value in enumerate(node))
+
+
+def replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of ``tree`` with every leaf replaced by ``change(leaf)``; keys stay, and what stood in two places does.
+
+    Attributes of containers stay too: a module's state carries its version numbers in one.
+    """
+    return _replaced(tree, change, {})
+
+
+def _replaced(node: Any, change: Callable[[Any], Any], done: dict[int, Any]) -> Any:
+    if id(node) in done:
+        return done[id(node)]
+    kind = type(node)
+    result: Any
+    if kind in _MAPPINGS:
+        result = kind()
+        for key, value in node.items():
+            result[key] = _replaced(value, change, done)
+        getattr(result, "__dict__", {}).update(getattr(node, "__dict__", {}))
+    elif kind in _SEQUENCES:
+        result = kind(_replaced(value, change, done) for value in node)
+    else:
+        result = change(node)
+    done[id(node)] = result
+    return result

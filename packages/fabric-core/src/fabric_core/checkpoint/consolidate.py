@@ -1,0 +1,132 @@
+"""A sharded checkpoint as a single file: what a run with one process would have written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from fabric_core.checkpoint.sharded.read import ShardedCheckpoint, open_sharded
+from fabric_core.checkpoint.single_file import write_file
+from fabric_core.checkpoint.streams import ProgressBar, StreamedTensor, in_pieces, shown
+
+if TYPE_CHECKING:
+    from fabric_core.types import Path
+
+SUFFIX: Final = ".consolidated"
+_AHEAD: Final = 16 * 2**20  # bytes
+
+
+def consolidate(
+    folder: Path, output: Path | None = None, *, weights_only: bool | None = None, bar: ProgressBar | None = None
+) -> str:
+    """Write the sharded checkpoint ``folder`` as one file, complete or not at all.
+
+    ``fabric.load`` and ``torch.load`` read it. Modules and optimizers are nested as they were saved, ``{"model": {...},
+    "optimizer": {"state": {...}, "param_groups": [...]}}``, optimizer state by the names of parameters, and everything
+    else is beside them. One tensor is in memory at a time. One process calls it.
+
+    Args:
+        folder: what Fabric, Lightning or ``torch.distributed.checkpoint`` wrote.
+        output: the file or object to write; by default beside the folder, with the suffix ``.consolidated``.
+        weights_only: ``False`` runs code from the checkpoint: only for those you trust.
+        bar: shows the progress.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: no sharded checkpoint is there.
+        UnsafeCheckpointError: it holds more than tensors and plain values.
+        CheckpointError: it is damaged.
+    """
+    output = default_output(folder) if output is None else os.fspath(output)
+    with open_sharded(folder, weights_only) as source:
+        state = streamed_state(source)
+        with shown(bar, state) as progress:
+            write_file(output, state, progress)
+    return output
+
+
+def default_output(folder: Path) -> str:
+    """Where a folder's consolidated form goes if nobody says where."""
+    return os.fspath(folder).rstrip("/" + os.sep) + SUFFIX
+
+
+def streamed_state(source: ShardedCheckpoint, extras: bool = True) -> dict[Any, Any]:
+    """The state, nested as it was saved, with its extras at the top level; tensors are read when they are written."""
+    ahead = _ReadAhead(source)
+    state = nested(source, lambda key: ahead.stream(key) if key in source.tensors else source.read_object(key))
+    return {**state, **source.extras} if extras else state
+
+
+def nested(source: ShardedCheckpoint, value_of: Callable[[str], Any]) -> dict[Any, Any]:
+    """What is stored, by flattened keys, as the nested containers that were saved. Extras are not in it."""
+    tree: dict[Any, Any] = {}
+    for key, place in source.places.items():
+        node = tree
+        for step in place[:-1]:
+            node = node.setdefault(step, {})
+        node[place[-1]] = value_of(key)
+    tree = {key: _with_lists(value) for key, value in tree.items()}
+    for value in tree.values():
+        if isinstance(value, dict) and isinstance(value.get("param_groups"), list):
+            value["state"] = _with_numbers(value.get("state", {}), value["param_groups"])
+    return tree
+
+
+def _with_numbers(state: Any, groups: list[Any]) -> Any:
+    """The state of an optimizer by numbers where its groups have numbers. One without any state was stored as none."""
+    if not isinstance(state, dict):
+        return state
+    lists = [group["params"] for group in groups if isinstance(group, dict) and isinstance(group.get("params"), list)]
+    ids = [id_ for params in lists for id_ in params]
+    numbers = {str(id_): id_ for id_ in ids if isinstance(id_, int)}
+    return {numbers.get(key, key): value for key, value in state.items()}
+
+
+def _with_lists(node: Any) -> Any:
+    """Lists where the steps are numbers: the keys of dicts are texts in a sharded checkpoint, whatever they were."""
+    if type(node) is not dict:
+        return node
+    children = {key: _with_lists(value) for key, value in node.items()}
+    if children and all(isinstance(key, int) for key in children):
+        return [children[key] for key in sorted(children)]
+    return children
+
+
+class _ReadAhead:
+    """Reads tensors in the order in which they were announced: large ones alone, small ones together with the next."""
+
+    def __init__(self, source: ShardedCheckpoint) -> None:
+        self._source = source
+        self._order: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._read: dict[str, Tensor] = {}
+
+    def stream(self, key: str) -> StreamedTensor:
+        """Announce a tensor."""
+        info = self._source.tensors[key]
+        self._numbers[key] = len(self._order)
+        self._order.append(key)
+        return StreamedTensor(info.shape, info.dtype, lambda: self._pieces(key))
+
+    def _pieces(self, key: str) -> Iterator[Tensor]:
+        if key not in self._read:
+            self._read = self._from(self._numbers[key])
+        yield from in_pieces(self._read.pop(key))
+
+    def _from(self, number: int) -> dict[str, Tensor]:
+        wanted: dict[str, Tensor] = {}
+        size = 0
+        for key in self._order[number:]:
+            info = self._source.tensors[key]
+            size += info.shape.numel() * info.dtype.itemsize
+            if wanted and size > _AHEAD:
+                break
+            wanted[key] = torch.empty(info.shape, dtype=info.dtype)
+        self._source.read(wanted)
+        return wanted

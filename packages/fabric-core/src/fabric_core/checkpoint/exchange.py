@@ -1,0 +1,110 @@
+"""Moving tensors between ranks for checkpoints: parts to rank 0, wholes from rank 0. One tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fabric_core.accelerator_of_torch import accelerator_of_torch
+from fabric_core.checkpoint.sharded.boxes import is_dtensor, local_part, part_of, volume
+from fabric_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fabric_core.checkpoint.sharded.ranks import Ranks
+    from fabric_core.checkpoint.sharded.stored import Box
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Rank 0's values in everybody's ``tensor``, which is contiguous and in host memory. Every rank calls it."""
+    device = _carried(tensor.device)
+    buffer = tensor if device == tensor.device else tensor.to(device)
+    dist.broadcast(_bytes(buffer), 0)
+    if buffer is not tensor:
+        tensor.copy_(buffer)
+
+
+def send(tensor: Tensor, rank: int) -> None:
+    """Hand the tensor to ``rank``, which calls ``receive`` at the same point."""
+    dist.send(_bytes(tensor.to(_carried(tensor.device)).contiguous()), rank)
+
+
+def receive(destination: Tensor, rank: int, kind: torch.device) -> None:
+    """Fill ``destination`` with what ``rank`` sends; ``kind`` is the kind of device that the sender has it on."""
+    device = _carried(kind)
+    if destination.device == device and destination.is_contiguous():
+        dist.recv(_bytes(destination), rank)
+        return
+    buffer = torch.empty(destination.shape, dtype=destination.dtype, device=device)
+    dist.recv(_bytes(buffer), rank)
+    destination.copy_(buffer)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # No backend knows every dtype, and all know bytes.
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def _carried(device: torch.device) -> torch.device:
+    """``device``, or the accelerator if the default group has no backend that carries from ``device``."""
+    if f"{device.type}:" in dist.get_backend_config():
+        return device
+    found = accelerator_of_torch()
+    return device if found is None else torch.device(found.type, torch.accelerator.current_device_index())
+
+
+class Gatherer:
+    """Brings tensors that are spread to rank 0, one by one, from whichever ranks hold a part; others keep nothing.
+
+    Every rank makes one for the same tensors, and then calls ``gather`` for each in the same order.
+
+    Args:
+        tensors: all that will be gathered; those that are not spread are left out.
+        ranks: all ranks of the default process group.
+    """
+
+    def __init__(self, tensors: Iterable[Any], ranks: Ranks) -> None:
+        spread = [tensor for tensor in tensors if is_dtensor(tensor)]
+        self._rank = ranks.rank
+        # One exchange for all: which rank holds what cannot be told by one rank for every kind of placement.
+        held = ranks.gather([local_part(tensor)[1] for tensor in spread])
+        if len({len(boxes) for boxes in held}) > 1:
+            raise CheckpointError(
+                f"The ranks hold different numbers of sharded tensors: {[len(boxes) for boxes in held]}. Every rank "
+                "must save the same objects."
+            )
+        self._sources = {id(tensor): _cover(tensor, [boxes[i] for boxes in held]) for i, tensor in enumerate(spread)}
+        self._kept = spread  # so that no id is used twice
+
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        """The whole tensor in host memory on rank 0, ``None`` elsewhere."""
+        local = local_part(tensor)[0]
+        sources = self._sources[id(tensor)]
+        if self._rank != 0:
+            if self._rank in sources:
+                send(local, 0)
+            return None
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        for rank, box in sources.items():
+            if rank == 0:
+                part_of(whole, box).copy_(local)
+            else:
+                receive(part_of(whole, box), rank, local.device)
+        return whole
+
+
+def _cover(tensor: Tensor, boxes: list[Box]) -> dict[int, Box]:
+    """The ranks whose parts together are the tensor, each part once."""
+    first: dict[Box, int] = {}
+    for rank, box in enumerate(boxes):
+        if volume(box.sizes):
+            first.setdefault(box, rank)
+    covered = sum(volume(box.sizes) for box in first)
+    if covered != tensor.numel():
+        raise CheckpointError(
+            f"The ranks hold {covered} of the {tensor.numel()} elements of a tensor of shape {tuple(tensor.shape)}."
+        )
+    return {rank: box for box, rank in first.items()}

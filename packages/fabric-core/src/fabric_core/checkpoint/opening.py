@@ -1,0 +1,105 @@
+"""Opening a checkpoint for loading: a file or a folder, by every rank for itself or by rank 0 for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from fabric_core.checkpoint.folder import FolderCheckpoint, open_folder
+from fabric_core.checkpoint.lazy import MappedCheckpoint, OpenCheckpoint
+from fabric_core.checkpoint.paths import is_remote, resolve
+from fabric_core.checkpoint.sharded.layout import find_folder, is_sharded
+from fabric_core.errors import CheckpointError, UsageError
+from fabric_core.keywords import accepted
+
+if TYPE_CHECKING:
+    from fabric_core.abc.checkpoint import CheckpointIO
+    from fabric_core.checkpoint.sharded.ranks import Ranks
+    from fabric_core.types import Path
+
+
+@contextmanager
+def opened(
+    io: CheckpointIO, path: Path, weights_only: bool | None, ranks: Ranks | None = None, *, spare: bool = False
+) -> Iterator[OpenCheckpoint]:
+    """The checkpoint at ``path``.
+
+    Args:
+        io: reads files; a sharded checkpoint, which is a folder, does not go through it.
+        path: where it is.
+        weights_only: ``False`` runs code from it.
+        ranks: those who load together; ``None`` for a process on its own. They all must call. Where some cannot see a
+            local path that rank 0 sees, rank 0 reads for all.
+        spare: let rank 0 read for all too if a rank could read no part without having the whole in memory.
+
+    Raises:
+        FileNotFoundError: nothing is at ``path``.
+        CheckpointError: it is damaged; also on the other ranks if rank 0 reads for all.
+    """
+    with ExitStack() as stack:
+        if ranks is None or ranks.size == 1:
+            yield stack.enter_context(_open(io, path, weights_only))
+            return
+        seen = ranks.gather(_is_visible(path))
+        torn = seen[0] and not all(seen)
+        if not torn and not spare:
+            yield stack.enter_context(_open(io, path, weights_only))
+            return
+        source, problem = None, None
+        if ranks.rank == 0:
+            try:
+                source = stack.enter_context(_open(io, path, weights_only))
+            except Exception as error:
+                problem = error
+        lazy = isinstance(source, MappedCheckpoint | FolderCheckpoint)
+        failure, each = ranks.broadcast((problem and f"{type(problem).__name__}: {problem}", lazy and not torn))
+        if problem is not None:
+            raise problem
+        if failure is not None:
+            raise CheckpointError(f"Rank 0 cannot open {os.fspath(path)!r}: {failure}")
+        if each:
+            yield source if source is not None else stack.enter_context(_open(io, path, weights_only))
+            return
+        from fabric_core.checkpoint.relay import RelayedCheckpoint
+
+        yield RelayedCheckpoint(source, ranks)
+
+
+def _is_visible(path: Path) -> bool:
+    return is_remote(path) or os.path.exists(resolve(path)) or find_folder(path) is not None
+
+
+def _open(io: CheckpointIO, path: Path, weights_only: bool | None) -> AbstractContextManager[OpenCheckpoint]:
+    if _is_folder(path):
+        return open_folder(path, weights_only)
+    return open_file(io, path, weights_only)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return is_sharded(path)
+    except (UsageError, ImportError, ValueError):  # a URL that means something to the CheckpointIO only
+        return False
+
+
+@contextmanager
+def open_file(io: CheckpointIO, path: Path, weights_only: bool | None) -> Iterator[OpenCheckpoint]:
+    """The file through ``open_checkpoint`` if that is as good as the implementation's ``load_checkpoint``."""
+    if _can_open(type(io)):
+        opening: AbstractContextManager[OpenCheckpoint] = io.open_checkpoint(path, weights_only)  # type: ignore[attr-defined]
+        with opening as source:
+            yield source
+    else:
+        yield OpenCheckpoint(io.load_checkpoint(path, **accepted(io.load_checkpoint, {"weights_only": weights_only})))
+
+
+def _can_open(kind: type[CheckpointIO]) -> bool:
+    """Whether ``open_checkpoint`` exists and no subclass has replaced ``load_checkpoint`` alone, say to decrypt."""
+    for base in kind.__mro__:
+        if "open_checkpoint" in vars(base):
+            return True
+        if "load_checkpoint" in vars(base):
+            return False
+    return False

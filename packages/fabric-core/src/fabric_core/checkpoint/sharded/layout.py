@@ -1,0 +1,93 @@
+"""What a sharded checkpoint looks like from outside: a folder with ``.metadata`` in it, which DCP reads too.
+
+::
+
+    checkpoint/
+        __0_0.distcp    what rank 0 wrote: tensors and plain values, one torch.save after the other
+        __1_0.distcp    rank 1
+        .metadata       which piece of which tensor is where (a pickle of DCP's classes)
+        meta.pt         everything that is no module and no optimizer
+        manifest.json   sizes and hashes of the files above
+
+Lightning writes the first four, plain DCP the first three; both count. In a store, the files' names also carry the
+name of the save that wrote them, because a store cannot rename a folder (see ``remote``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Final
+
+from fabric_core.checkpoint.durable import draft_prefix
+from fabric_core.checkpoint.paths import is_http, is_remote, open_filesystem, resolve
+
+if TYPE_CHECKING:
+    from fabric_core.types import Path
+
+METADATA: Final = ".metadata"
+EXTRAS: Final = "meta.pt"
+MANIFEST: Final = "manifest.json"
+DATA_SUFFIX: Final = ".distcp"
+GENERATION: Final = r"[0-9a-f]{16}"
+"""The name of a save, as it occurs in the names of files in stores."""
+PREVIOUS_SUFFIX: Final = ".previous"
+"""How the name of a checkpoint ends that was moved aside, and whose successor has not taken its place yet."""
+_FILES: Final = re.compile(
+    rf"__\d+(_\d+)?(\.{GENERATION})?\.(distcp|metadata)|\.metadata(\.{GENERATION}|\.tmp)?|meta(\.{GENERATION})?\.pt"
+    rf"|manifest\.json|\.manifest\.json\.{GENERATION}\.partial"
+)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of that name in the folder of a checkpoint belongs to it, and goes when it is replaced."""
+    return _FILES.fullmatch(name) is not None
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a folder or URL holds a sharded checkpoint: ours, Lightning's or plain DCP's. Any rank may call it."""
+    if is_http(path):
+        return False
+    if is_remote(path):
+        return _is_sharded_remote(path)
+    folder = find_folder(path)
+    return folder is not None and holds_checkpoint(folder)
+
+
+def _is_sharded_remote(path: Path) -> bool:
+    filesystem, inside = open_filesystem(path)
+    filesystem.invalidate_cache(inside)
+    return any(filesystem.exists(f"{inside.rstrip('/')}/{name}") for name in (MANIFEST, METADATA))
+
+
+def holds_checkpoint(folder: str) -> bool:
+    """Whether the local folder has the entry that is written last."""
+    return os.path.isfile(os.path.join(folder, METADATA))
+
+
+def find_folder(path: Path) -> str | None:
+    """The local folder that holds the checkpoint ``path``: itself, or where an interrupted replacement left it.
+
+    Where folders cannot be exchanged in one step, a replacement moves the old one aside, then the new one into place.
+    If it died in between, nothing is at ``path``, and the old one counts. ``None`` if there is no folder.
+    """
+    target = os.path.realpath(resolve(path))
+    if os.path.lexists(target):
+        return target if os.path.isdir(target) else None
+    return next(iter(moved_aside(target)), None)
+
+
+def moved_aside(target: str) -> list[str]:
+    """Checkpoints that once were at ``target`` and wait for a successor; oldest name first."""
+    return siblings(target, PREVIOUS_SUFFIX)
+
+
+def siblings(target: str, suffix: str) -> list[str]:
+    """Paths beside ``target`` with the names that drafts of it have, ending in ``suffix``."""
+    folder = os.path.dirname(target)
+    pattern = re.compile(re.escape(draft_prefix(target)) + GENERATION + re.escape(suffix))
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [os.path.join(folder, name) for name in sorted(names) if pattern.fullmatch(name)]
