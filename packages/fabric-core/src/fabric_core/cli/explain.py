@@ -15,6 +15,7 @@ import click
 @click.option("--devices", help="As Fabric(devices=...), per node.")
 @click.option("--num-nodes", "--num_nodes", type=int, help="As Fabric(num_nodes=...).")
 @click.option("--precision", help="As Fabric(precision=...).")
+@click.option("--checkpoint-io", "--checkpoint_io", help="As Fabric(checkpoint_io=...).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def explain(as_json: bool, **options: Any) -> None:
     """Show the plan that these options and the environment lead to, with the origin and reason of every value."""

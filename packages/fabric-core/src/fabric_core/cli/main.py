@@ -23,6 +23,8 @@ HELP: Final[dict[str, str]] = {
     "run": "Start a script in as many processes as it takes.",
     "plugins": "Show which plugins are installed and which can be used.",
     "explain": "Show what a run would use, and why.",
+    "checkpoint": "Show what a checkpoint holds, or convert it.",
+    "consolidate": "Write a sharded checkpoint as a single file.",
 }
 """What each of core's commands does, in a line; here, so that help needs to import none of them."""
 _TYPED_WRONG = (InvalidArgumentError, InvalidTypeError, UnknownPluginError, AmbiguousPluginError)

@@ -21,6 +21,10 @@ TABLE: Final[dict[str, dict[str, str]]] = {
         "ddp_fork": "fabric_core.strategies.ddp:DDPStrategy.fork",
         "ddp_notebook": "fabric_core.strategies.ddp:DDPStrategy.fork",
         "ddp_find_unused_parameters_true": "fabric_core.strategies.ddp:DDPStrategy.find_unused_parameters_true",
+        "fsdp": "fabric_core.strategies.fsdp:FSDPStrategy",
+        "fsdp2": "fabric_core.strategies.fsdp:FSDPStrategy",
+        "fsdp_cpu_offload": "fabric_core.strategies.fsdp:FSDPStrategy.with_cpu_offload",
+        "hsdp": "fabric_core.strategies.fsdp:FSDPStrategy.hybrid",
     },
     "precision": {
         "32-true": "fabric_core.abc.precision:Precision",
@@ -29,6 +33,16 @@ TABLE: Final[dict[str, dict[str, str]]] = {
         "bf16-true": "fabric_core.precision.half:HalfPrecision.bfloat16",
         "16-mixed": "fabric_core.precision.mixed:MixedPrecision.float16",
         "bf16-mixed": "fabric_core.precision.mixed:MixedPrecision.bfloat16",
+        "fsdp.32-true": "fabric_core.precision.sharded:FSDPPrecision",
+        "fsdp.16-true": "fabric_core.precision.sharded:FSDPPrecision.float16",
+        "fsdp.bf16-true": "fabric_core.precision.sharded:FSDPPrecision.bfloat16",
+        "fsdp.16-mixed": "fabric_core.precision.sharded:FSDPPrecision.mixed_float16",
+        "fsdp.bf16-mixed": "fabric_core.precision.sharded:FSDPPrecision.mixed_bfloat16",
+        "model_parallel.32-true": "fabric_core.abc.precision:Precision",
+        "model_parallel.16-true": "fabric_core.precision.half:HalfPrecision.float16",
+        "model_parallel.bf16-true": "fabric_core.precision.half:HalfPrecision.bfloat16",
+        "model_parallel.16-mixed": "fabric_core.precision.sharded:sharded_float16",
+        "model_parallel.bf16-mixed": "fabric_core.precision.mixed:MixedPrecision.bfloat16",
     },
     "environment": {
         "default": "fabric_core.environments.default:LightningEnvironment",
@@ -36,12 +50,15 @@ TABLE: Final[dict[str, dict[str, str]]] = {
     },
     "checkpoint_io": {
         "torch": "fabric_core.checkpoint.torch_io:TorchCheckpointIO",
+        "async": "fabric_core.checkpoint.async_io:AsyncCheckpointIO",
     },
     "logger": {},
     "command": {
         "run": "fabric_core.cli.run:run",
         "plugins": "fabric_core.cli.plugins:plugins",
         "explain": "fabric_core.cli.explain:explain",
+        "checkpoint": "fabric_core.cli.checkpoint:checkpoint",
+        "consolidate": "fabric_core.cli.consolidate:consolidate",
     },
 }
 
