@@ -17,6 +17,7 @@ from fabric_core.seeding import seed_everything as _seed_everything
 
 if TYPE_CHECKING:
     from fabric_core.abc.accelerator import Accelerator
+    from fabric_core.abc.checkpoint import CheckpointIO
     from fabric_core.abc.strategy import Strategy
 
 
@@ -32,6 +33,7 @@ class Fabric(Processes, SettingUp, Stepping, Communication, Checkpoints):
         devices: per node: a count, indices (``[0, 2]``, ``"0,2"``), ``-1`` or ``"auto"``.
         num_nodes: number of machines.
         precision: ``"32-true"``, ``"bf16-mixed"``, a plugin's name, or a short spelling such as ``"bf16"``.
+        checkpoint_io: ``"torch"``, ``"async"`` to write in the background, a plugin's name, or a ``CheckpointIO``.
         plugins: a ``Precision``, ``CheckpointIO`` or ``ClusterEnvironment``, or a list of them.
         callbacks: objects whose methods ``fabric.call`` runs; one or a list, which is copied.
         loggers: a ``Logger`` or its registered name; one or a list, which is copied.
@@ -48,6 +50,7 @@ class Fabric(Processes, SettingUp, Stepping, Communication, Checkpoints):
         devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
+        checkpoint_io: str | CheckpointIO | None = None,
         plugins: Any = None,
         callbacks: Any = None,
         loggers: Any = None,
@@ -59,6 +62,7 @@ class Fabric(Processes, SettingUp, Stepping, Communication, Checkpoints):
             "devices": devices,
             "num_nodes": num_nodes,
             "precision": precision,
+            "checkpoint_io": checkpoint_io,
         }
         self._plan = resolve(arguments, plugins, self._registry)
         self._strategy = self._plan.build()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fabric_core.errors import UsageError
+from fabric_core.abc.checkpoint import CheckpointIO
+from fabric_core.abc.overrides import overrides
+from fabric_core.errors import CheckpointError, UsageError
 from fabric_core.registry import Registry
 from fabric_core.resolve.plan import Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from fabric_core.abc.accelerator import Accelerator
@@ -94,6 +98,25 @@ class FabricBase:
         if not self._environment_ready:
             self._strategy.setup_environment()
             self._environment_ready = True
+
+    def _together(self, call: str, action: Callable[[], Any]) -> Any:
+        """Run ``action`` on every rank; if it fails on one, no rank goes on as if it had worked."""
+        if self.world_size == 1:
+            return action()
+        try:
+            result = action()
+        except Exception:  # an interrupt must not wait for the other ranks
+            self._strategy.reduce_boolean_decision(False)
+            raise
+        if not self._strategy.reduce_boolean_decision(True):
+            raise CheckpointError(f"{call} failed on another rank; its error says why.")
+        return result
+
+    def _finish_saves(self, call: str) -> None:
+        """Return once no rank writes a checkpoint in the background any more; if that failed, raise on every rank."""
+        io = getattr(self._strategy, "checkpoint_io", None)
+        if io is not None and overrides(io, CheckpointIO, "drain"):
+            self._together(f"A save in the background, for which {call} waited,", io.drain)
 
     def _notify(self, hook: str, **kwargs: Any) -> None:
         if self._registry.has_hook(hook):

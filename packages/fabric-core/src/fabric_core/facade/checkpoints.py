@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fabric_core.checkpoint.state import validate_filter
-from fabric_core.errors import CheckpointError, InvalidTypeError
+from fabric_core.errors import InvalidTypeError
 from fabric_core.facade.base import FabricBase
 from fabric_core.wrappers.unwrap import unwrap, unwrap_values
 
@@ -23,6 +23,9 @@ class Checkpoints(FabricBase):
         self, path: Path, state: dict[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None
     ) -> None:
         """Write a checkpoint, complete or not at all. Every rank calls it.
+
+        With ``checkpoint_io="async"`` it returns once the state is copied, and writes the copy in the background. What
+        fails there is raised by the next save or load, by ``teardown``, or when the program ends.
 
         Args:
             path: where to.
@@ -42,7 +45,9 @@ class Checkpoints(FabricBase):
         if filter is not None:
             validate_filter(state, filter)
         inner = unwrap_values(state)
-        self._together("save", path, lambda: self._strategy.save_checkpoint(path, inner, filter=filter))
+        self._together(
+            f"fabric.save({str(path)!r})", lambda: self._strategy.save_checkpoint(path, inner, filter=filter)
+        )
         self._notify("fabric_on_save", path=path, state=state)
 
     def load(
@@ -70,11 +75,11 @@ class Checkpoints(FabricBase):
             FileNotFoundError: nothing is at ``path``.
         """
         self._require_launch("load")
+        self._finish_saves("fabric.load()")
         inner = None if state is None else unwrap_values(state)
         before = dict(inner or {})
         remainder: dict[str, Any] = self._together(
-            "load",
-            path,
+            f"fabric.load({str(path)!r})",
             lambda: self._strategy.load_checkpoint(path, state=inner, strict=strict, weights_only=weights_only),
         )
         if state is not None and inner is not None:
@@ -95,21 +100,8 @@ class Checkpoints(FabricBase):
                 "use fabric.load(path, state)."
             )
         self._require_launch("load_raw")
+        self._finish_saves("fabric.load_raw()")
         self._together(
-            "load_raw",
-            path,
+            f"fabric.load_raw({str(path)!r})",
             lambda: self._strategy.load_checkpoint(path, state=inner, strict=strict, weights_only=weights_only),
         )
-
-    def _together(self, what: str, path: Path, action: Callable[[], Any]) -> Any:
-        """Run ``action`` on every rank; if it fails on one, no rank goes on as if it had worked."""
-        if self.world_size == 1:
-            return action()
-        try:
-            result = action()
-        except Exception:  # an interrupt must not wait for the other ranks
-            self._strategy.reduce_boolean_decision(False)
-            raise
-        if not self._strategy.reduce_boolean_decision(True):
-            raise CheckpointError(f"fabric.{what}({str(path)!r}) failed on another rank; its error says why.")
-        return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,11 +71,19 @@ class Processes(FabricBase):
         """Release devices, finish what is written in the background, leave the processes that ``launch`` joined.
 
         Every rank calls it, after its last step.
+
+        Raises:
+            CheckpointError: on all ranks, if a save in the background failed on one, which raises its own error.
         """
         self._notify("fabric_on_teardown")
-        self._launched = self._environment_ready = False
-        self._rank_zero_group = None
-        self._strategy.teardown()
+        try:
+            # On the way out with an exception the other ranks may be anywhere: each finishes what is its own.
+            if self._launched and sys.exc_info()[0] is None:
+                self._finish_saves("fabric.teardown()")
+        finally:
+            self._launched = self._environment_ready = False
+            self._rank_zero_group = None
+            self._strategy.teardown()
 
 
 def _check_function(function: Any, launcher: Any, strategy: str, launched: bool) -> None:

@@ -93,12 +93,12 @@ class SettingUp(Reporting):
         if move_to_device:
             move_module(converted, self._strategy)
         forward: nn.Module
-        if optimizers:
+        if recompile is not None and reapply_compile:
+            forward, optimizers, scheduler = self._strategy.setup_compiled(inner, optimizers, scheduler, recompile)
+        elif optimizers:
             forward, optimizers, scheduler = self._strategy.setup_module_and_optimizers(inner, optimizers, scheduler)
         else:
             forward = self._strategy.setup_module(inner)
-        if recompile is not None and reapply_compile:
-            forward = recompile(forward)
         wrapped = FabricModule(forward, self._strategy, converted)
         made = [FabricOptimizer(optimizer, self._strategy, self._callbacks) for optimizer in optimizers]
         if bind_to_fabric(original, self, made) and not any(original is c for c in self._callbacks):

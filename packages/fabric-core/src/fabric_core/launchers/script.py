@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Final, NoReturn
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.launcher import Launcher
+from fabric_core.distributed.background import finish_or_tell
 from fabric_core.distributed.exit import end_process, flush_within, leave_cleanly, run_exit_functions
 from fabric_core.errors import UsageError
 from fabric_core.launchers.failure import exit_code_of, from_exception, headline, render
 from fabric_core.launchers.processes import Crew, Placement
-from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT, INTERRUPT_PATIENCE, Outcome
+from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT, INTERRUPT_PATIENCE, SAVE_PATIENCE, Outcome
 
 _EXCEPTION_LIMIT: Final = 0.15
 """Seconds that the main thread has to come up with its own error after another rank failed."""
@@ -180,6 +181,7 @@ class _RankZero:
         """End this process without the main thread, which may be stuck in native code. The first caller prevails."""
         if self._ending.acquire(blocking=False):
             self._tell(outcome)
+            finish_or_tell(SAVE_PATIENCE)
             flush_within(_FLUSH_LIMIT)
             end_process(outcome.exit_code)
 
@@ -195,6 +197,7 @@ class _RankZero:
             self._previous_hook(kind, error, trace)
             return
         failure = from_exception(self._rank, error)
+        finish_or_tell(SAVE_PATIENCE)  # while the others, who may take part in the writing, are still there
         self._crew.supervisor.fail(failure)
         self._watched.wait(_VERDICT_LIMIT)
         outcome = self._outcome

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, Final, NoReturn
 
+from fabric_core.distributed.background import announce_at
 from fabric_core.distributed.exit import end_process, run_exit_functions
 from fabric_core.errors import InvalidTypeError
 from fabric_core.launchers.failure import from_exception
@@ -20,7 +21,7 @@ from fabric_core.launchers.parent_death import die_with_parent, watch_until
 from fabric_core.launchers.processes import Placement
 from fabric_core.launchers.state import GlobalState
 from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT
-from fabric_core.launchers.worker import guard, record_crashes, write_whole_lines
+from fabric_core.launchers.worker import guard, record_crashes, settled, write_whole_lines
 from fabric_core.settings import SPAWN_REPORT
 
 _PICKLED: Final = "result.pickle"
@@ -101,10 +102,11 @@ def run_task(task: Task, package: Package) -> NoReturn:
     if parent is not None:
         watch_until(parent.join)
     record_crashes(task.report)
+    announce_at(task.report)
     write_whole_lines()
     for setting, value in task.place.variables().items():
         setting.set(value)
-    code = guard(lambda: _work(task, package), task.place.rank, task.report)
+    code = settled(guard(lambda: _work(task, package), task.place.rank, task.report))
     _run_exit_functions(task.start_method, code, task.inherited)
     end_process(code)
 

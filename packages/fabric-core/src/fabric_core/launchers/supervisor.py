@@ -1,7 +1,8 @@
 """Watching the processes of a node: the first failure ends all of them, and is what the user gets to see.
 
-One implementation serves every way of launching. It imports nothing but the standard library and waits without
-polling: a thread for each worker blocks until that worker ends, and whatever happens arrives in one queue.
+One implementation serves every way of launching. It imports nothing heavy and waits without polling: a thread for each
+worker blocks until that worker ends, and whatever happens arrives in one queue. Only a job that has failed while its
+checkpoint was being written looks, a few times a second, whether that is done.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from fabric_core.distributed.background import is_busy
 from fabric_core.launchers.failure import Failure, first_of, from_exit_code
 
 SETTLE: Final = 0.1
@@ -24,9 +26,12 @@ GRACE: Final = 0.4
 """Seconds between asking the other workers to end and killing them."""
 CLEAN_UP_LIMIT: Final = 0.3
 """Seconds a failed worker has for its exit functions, before it is ended."""
+SAVE_PATIENCE: Final = 60.0
+"""Seconds that a worker has to finish what it writes in the background, before a failure ends it."""
 INTERRUPT_PATIENCE: Final = 2.0
 """Seconds that workers have to end in their own way after Ctrl-C."""
 _KILL_LIMIT: Final = 5.0
+_LOOK_AGAIN: Final = 0.05
 _HEARTBEAT: Final = 1.0 if sys.platform == "win32" else None  # a wait without end cannot be interrupted on Windows
 _ENDED_BY_US: Final = frozenset({143, 137, 1})
 
@@ -139,9 +144,13 @@ class Supervisor:
         return self._outcome()
 
     def stop(self) -> None:
-        """End all workers that are left: ask, wait ``GRACE`` seconds, kill. Those that failed are not asked again."""
+        """End all workers that are left: ask, wait ``GRACE`` seconds, kill. Those that failed are not asked again.
+
+        Before that, those that write something in the background have ``SAVE_PATIENCE`` seconds to finish it.
+        """
         self._stopping = True
         try:
+            self._let_finish()
             self._look_at_reports()
             for worker in self._alive.values():
                 if worker.rank not in self._failures:
@@ -150,6 +159,13 @@ class Supervisor:
         finally:  # also when a second Ctrl-C arrives in here
             self.kill()
         self._drain(_KILL_LIMIT)
+
+    def _let_finish(self) -> None:
+        deadline = time.monotonic() + SAVE_PATIENCE
+        while any(is_busy(worker.report) for worker in self._alive.values()) and time.monotonic() < deadline:
+            event = self._next(_LOOK_AGAIN)
+            if event is not None:
+                self._handle(event)
 
     def kill(self) -> None:
         """End all workers that are left, without asking or waiting."""

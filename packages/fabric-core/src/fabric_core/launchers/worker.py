@@ -22,10 +22,11 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
+from fabric_core.distributed.background import announce_at, finish_background_work, finish_or_tell
 from fabric_core.distributed.exit import end_process, run_exit_functions
 from fabric_core.launchers.failure import exit_code_of, from_exception
 from fabric_core.launchers.parent_death import die_with_parent, watch_lifeline, watch_process
-from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT
+from fabric_core.launchers.supervisor import CLEAN_UP_LIMIT, SAVE_PATIENCE
 from fabric_core.settings import WORKER
 
 
@@ -57,9 +58,12 @@ class Link:
 
 
 def guard(body: Callable[[], object], rank: int, report: Path) -> int:
-    """Run ``body`` and return the exit code for this process; a failure leaves a report instead of a traceback."""
+    """Run ``body`` and return the exit code for this process; a failure leaves a report instead of a traceback.
+
+    What ``body`` left to the background is waited for, and fails with it.
+    """
     try:
-        body()
+        _run_to_the_end(body)
     except KeyboardInterrupt:
         _ignore_interrupts()
         return 130
@@ -73,6 +77,21 @@ def guard(body: Callable[[], object], rank: int, report: Path) -> int:
         _call_excepthook(error)
         return 1
     return 0
+
+
+def _run_to_the_end(body: Callable[[], object]) -> None:
+    try:
+        body()
+    except SystemExit as error:
+        if exit_code_of(error):
+            raise
+    finish_background_work()
+
+
+def settled(code: int) -> int:
+    """The exit code, once nothing goes on in the background: after a failure that is waited for, but not for ever."""
+    well = finish_or_tell(SAVE_PATIENCE if code else None)
+    return code if well else code or 1
 
 
 def record_crashes(report: Path) -> None:
@@ -153,6 +172,7 @@ def main() -> NoReturn:
     link.attach()
     report = Path(link.report)
     record_crashes(report)
+    announce_at(report)
     write_whole_lines()
     target = sys.argv[1:]
     finish(guard(lambda: _run(target), link.rank, report))
@@ -160,6 +180,7 @@ def main() -> NoReturn:
 
 def finish(code: int) -> NoReturn:
     """Do what the interpreter does at its end, within a limit after a failure, and end this process."""
+    code = settled(code)
     run_exit_functions(CLEAN_UP_LIMIT if code else None, code)
     end_process(code)
 

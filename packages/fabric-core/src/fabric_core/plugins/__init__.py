@@ -5,9 +5,11 @@ from __future__ import annotations
 from fabric_core.lazy import name_table
 
 _TABLE = {
+    "AsyncCheckpointIO": "fabric_core.checkpoint.async_io:AsyncCheckpointIO",
     "CheckpointIO": "fabric_core.abc.checkpoint:CheckpointIO",
     "ClusterEnvironment": "fabric_core.abc.environment:ClusterEnvironment",
     "DoublePrecision": "fabric_core.precision.double:DoublePrecision",
+    "FSDPPrecision": "fabric_core.precision.sharded:FSDPPrecision",
     "HalfPrecision": "fabric_core.precision.half:HalfPrecision",
     "LightningEnvironment": "fabric_core.environments.default:LightningEnvironment",
     "MixedPrecision": "fabric_core.precision.mixed:MixedPrecision",

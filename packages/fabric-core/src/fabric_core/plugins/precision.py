@@ -6,6 +6,7 @@ from fabric_core.lazy import name_table
 
 _TABLE = {
     "DoublePrecision": "fabric_core.precision.double:DoublePrecision",
+    "FSDPPrecision": "fabric_core.precision.sharded:FSDPPrecision",
     "HalfPrecision": "fabric_core.precision.half:HalfPrecision",
     "MixedPrecision": "fabric_core.precision.mixed:MixedPrecision",
     "Precision": "fabric_core.abc.precision:Precision",

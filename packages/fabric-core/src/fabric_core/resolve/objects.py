@@ -11,7 +11,7 @@ from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
-from fabric_core.resolve.request import Request
+from fabric_core.resolve.request import Asked, Request
 
 _KINDS: dict[str, type] = {
     "precision": Precision,
@@ -19,6 +19,8 @@ _KINDS: dict[str, type] = {
     "environment": ClusterEnvironment,
 }
 _WORDS = {"precision": "Precision", "checkpoint_io": "CheckpointIO", "environment": "ClusterEnvironment"}
+
+_NAMED = ("accelerator", "precision", "checkpoint_io")  # they have an argument of their own
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ def collect_objects(request: Request) -> Objects:
         ValueError: one kind is given twice; the message names both places.
     """
     found = _from_plugins(request.plugins)
-    if request.precision.given and "precision" in found:
-        raise _twice("precision", request.precision.origin, found["precision"].origin, found["precision"].value)
+    for kind in ("precision", "checkpoint_io"):
+        asked: Asked = getattr(request, kind)
+        if asked.given and kind in found:
+            raise _twice(kind, asked.origin, found[kind].origin, found[kind].value)
     strategy = request.strategy.value
     if isinstance(strategy, Strategy):
         for kind, given in given_in(strategy).items():
@@ -66,6 +70,7 @@ def _from_plugins(plugins: tuple[Any, ...]) -> dict[str, Given]:
         kind = next((kind for kind, cls in _KINDS.items() if isinstance(plugin, cls)), None)
         if kind is None:
             hint = " Pass an instance, not the class." if isinstance(plugin, type) else ""
+            hint = hint or (" A name is passed as precision= or checkpoint_io=." if isinstance(plugin, str) else "")
             raise InvalidTypeError(
                 f"plugins={plugin!r}: expected instances of {', '.join(_WORDS.values())}.{hint} Accelerators, "
                 "strategies and loggers have arguments of their own."
@@ -103,8 +108,8 @@ def given_in(strategy: Strategy) -> dict[str, Given]:
 def _check_not_twice(kind: str, given: Given, request: Request, found: dict[str, Given]) -> None:
     if kind in found and found[kind].value is not given.value:
         raise _twice(kind, found[kind].origin, given.origin, given.value)
-    asked = getattr(request, kind, None)
-    if kind in ("accelerator", "precision") and asked is not None and asked.given and asked.value is not given.value:
+    asked: Asked | None = getattr(request, kind) if kind in _NAMED else None
+    if asked is not None and asked.given and asked.value is not given.value:
         raise _twice(kind, asked.origin, given.origin, given.value)
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fabric_core.abc.choosing import ResolveContext
 from fabric_core.registry import Registry, get_registry
 from fabric_core.resolve.accelerator import choose_accelerator
-from fabric_core.resolve.choice import Choice
+from fabric_core.resolve.checkpoint_io import choose_checkpoint_io
 from fabric_core.resolve.compatibility import check_plan
 from fabric_core.resolve.devices import choose_devices, choose_num_nodes
 from fabric_core.resolve.environment import choose_environment
-from fabric_core.resolve.objects import Objects, collect_objects
+from fabric_core.resolve.objects import collect_objects
 from fabric_core.resolve.plan import Plan
 from fabric_core.resolve.precision import choose_precision
 from fabric_core.resolve.request import DEFAULTS, Request, naming
 from fabric_core.resolve.strategy import choose_strategy
 from fabric_core.warnings import possible_user_warning
-
-if TYPE_CHECKING:
-    from fabric_core.abc.checkpoint import CheckpointIO
 
 
 def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, registry: Registry | None = None) -> Plan:
@@ -57,9 +54,8 @@ def resolve(arguments: dict[str, Any] | None = None, plugins: Any = None, regist
         precision = choose_precision(
             request, objects, strategy.value, accelerator.value, registry, ResolveContext(**known)
         )
-    plan = Plan(
-        environment, accelerator, devices, num_nodes, strategy, precision, _checkpoint_io(objects), request.interactive
-    )
+    io = choose_checkpoint_io(request, objects, registry)
+    plan = Plan(environment, accelerator, devices, num_nodes, strategy, precision, io, request.interactive)
     check_plan(plan, registry)
     if strategy.value.multiple_devices:
         environment.value.validate_settings(len(devices.value), num_nodes.value)
@@ -77,8 +73,3 @@ def _warn_of_strangers(plan: Plan) -> None:
             "makes each a job of its own: every one is rank 0 and writes the checkpoints. For one job leave devices "
             'out, or use strategy="ddp".'
         )
-
-
-def _checkpoint_io(objects: Objects) -> Choice[CheckpointIO] | None:
-    given = objects.checkpoint_io
-    return None if given is None else Choice(given.value, type(given.value).__name__, given.origin)

@@ -73,6 +73,8 @@ class Plan:
         """Connect the parts and return the strategy, ready to launch."""
         strategy = self.strategy.value
         given = given_in(strategy)
+        if self.checkpoint_io is None and "checkpoint_io" in strategy.resolved:
+            strategy.checkpoint_io = None  # type: ignore[assignment]  # what an earlier Fabric(...) put there
         chosen = {name: choice.value for name, choice in self.choices().items()}
         strategy.resolved = {name: value for name, value in chosen.items() if name not in given}
         strategy.accelerator = self.accelerator.value

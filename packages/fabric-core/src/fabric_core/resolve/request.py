@@ -19,6 +19,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "devices": "auto",
     "num_nodes": 1,
     "precision": None,
+    "checkpoint_io": None,
 }
 VARIABLES: Final[dict[str, Setting]] = {
     "accelerator": settings.ACCELERATOR,
@@ -53,6 +54,7 @@ class Request:
     devices: Asked
     num_nodes: Asked
     precision: Asked
+    checkpoint_io: Asked
     plugins: tuple[Any, ...]
     interactive: bool
 
@@ -81,10 +83,10 @@ def naming(asked: Asked) -> Iterator[None]:
 
 
 def _merge(name: str, value: Any) -> Asked:
-    default, variable = DEFAULTS[name], VARIABLES[name]
+    default, variable = DEFAULTS[name], VARIABLES.get(name)
     given = not (value is default or (isinstance(value, str) and value == default) or _same_int(value, default))
-    text = variable.text()
-    if text is None:
+    text = variable.text() if variable is not None else None
+    if variable is None or text is None:
         return Asked(value, f"{name}={value!r}" if given else "default", given)
     origin = f"{variable.name}={text}"
     if given and settings.CLI_USED.flag() and not _agree(name, value, text):

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from fabric_core import settings
+from fabric_core.distributed.background import finish_background_work
 from fabric_core.distributed.exit import end_process
 from fabric_core.distributed.port import ReservedPort, reserve_port
 from fabric_core.errors import WorkerFailedError
@@ -135,7 +136,9 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             end_process(0)
         try:
             with preserved():
-                answer = pickle.dumps((False, getattr(_module_at(path, modules), name)(*args)))
+                result = getattr(_module_at(path, modules), name)(*args)
+                finish_background_work()
+                answer = pickle.dumps((False, result))
         except BaseException:
             answer = pickle.dumps((True, traceback.format_exc()))
         pipe.send_bytes(answer)
