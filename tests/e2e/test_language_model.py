@@ -126,6 +126,7 @@ LAUNCHES = {
     "script": ((TRAIN,), (*TWO, "ddp")),
     "accumulating": ((TRAIN,), (*TWO, "ddp", "--accumulate", "2")),
     "spawn": ((TRAIN,), (*TWO, "ddp_spawn")),
+    "sharded": ((TRAIN,), (*TWO, "fsdp")),
     "command": (("-m", "fabric_core", "run", "--accelerator", "cpu", *TWO, "ddp", "--main-port", "PORT", TRAIN), ()),
 }
 

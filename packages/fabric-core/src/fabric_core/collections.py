@@ -62,7 +62,10 @@ def apply_to_collection(
             return function(item, *args, **kwargs)
         return _visit_children(item, visit, include_none, allow_frozen)
 
-    return visit(data)
+    try:
+        return visit(data)
+    finally:
+        del visit  # it refers to itself, and would keep what it works on alive until the next garbage collection
 
 
 def for_each(data: Any, dtype: Types, function: Callable[[Any], Any]) -> None:

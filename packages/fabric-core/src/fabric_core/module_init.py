@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import chain
 from typing import Any
 
@@ -72,14 +72,14 @@ def materialize_meta(module: nn.Module, device: Device) -> None:
     """Give every meta tensor in ``module`` storage on ``device`` and its initial value; tied parameters stay tied.
 
     Values come from the submodules' ``reset_parameters()``, called once for each that owned a meta tensor, after all
-    storage is there. Tensors that had storage keep it.
+    storage is there; children before parents, as in constructors. Tensors that had storage keep it.
 
     Raises:
         InvalidTypeError: submodules without that method own meta tensors; nothing was changed.
     """
-    owners = {name: sub for name, sub in module.named_modules() if any(t.is_meta for _, _, t in _own_tensors(sub))}
+    owners = {name: sub for name, sub in module.named_modules() if any(t.is_meta for _, _, t in own_tensors(sub))}
     helpless = [
-        f"{name or 'the module itself'} ({type(sub).__name__})" for name, sub in owners.items() if not _reset(sub)
+        f"{name or 'the module itself'} ({type(sub).__name__})" for name, sub in owners.items() if not reset_method(sub)
     ]
     if helpless:
         raise InvalidTypeError(
@@ -87,9 +87,9 @@ def materialize_meta(module: nn.Module, device: Device) -> None:
             "that fills its own parameters and buffers, or create the module on a real device."
         )
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    before = [tensor for sub in owners.values() for _, _, tensor in _own_tensors(sub)]  # keeps the ids below unique
+    before = [tensor for sub in owners.values() for _, _, tensor in own_tensors(sub)]  # keeps the ids below unique
     for sub in owners.values():
-        for table, name, tensor in _own_tensors(sub):
+        for table, name, tensor in own_tensors(sub):
             places.setdefault(id(tensor), []).append((table, name))
     for sub in owners.values():
         # `_apply` is the one way that sharding wrappers follow when tensors are replaced.
@@ -98,20 +98,40 @@ def materialize_meta(module: nn.Module, device: Device) -> None:
     for (table, name), *others in places.values():
         for other_table, other_name in others:
             other_table[other_name] = table[name]
-    for sub in owners.values():
-        reset = _reset(sub)
-        assert reset is not None
-        reset()
+    meant = set(owners.values())
+    for sub in children_first(module):
+        reset = reset_method(sub) if sub in meant else None
+        if reset is not None:
+            reset()
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def children_first(module: nn.Module, without: Set[nn.Module] = frozenset()) -> list[nn.Module]:
+    """``module`` and its submodules, each once and after its children; ``without`` are left out with all inside."""
+    found: list[nn.Module] = []
+    seen = set(without)
+
+    def visit(part: nn.Module) -> None:
+        if part not in seen:
+            seen.add(part)
+            for child in part._modules.values():
+                if child is not None:
+                    visit(child)
+            found.append(part)
+
+    visit(module)
+    return found
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """The parameters and buffers that ``module`` holds itself, each with the table it stands in and its name there."""
     for table in (module._parameters, module._buffers):
-        for name, tensor in table.items():
+        for name, tensor in list(table.items()):
             if tensor is not None:
                 yield table, name, tensor
 
 
-def _reset(module: nn.Module) -> Callable[[], object] | None:
+def reset_method(module: nn.Module) -> Callable[[], object] | None:
+    """The method that initialises what the module holds itself, if it has one."""
     # torch's own attention module spells it with an underscore.
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 

@@ -32,6 +32,11 @@ class Precision:
     compute_dtype: torch.dtype = torch.float32
 
     @property
+    def changes_forward(self) -> bool:
+        """Whether there is anything to do around a forward; if not, the module itself is called."""
+        return overrides(self, Precision, "forward_context", "convert_input", "convert_output")
+
+    @property
     def changes_backward(self) -> bool:
         """Whether ``loss.backward()`` alone would be wrong, so that users must call ``fabric.backward(loss)``."""
         return overrides(self, Precision, "pre_backward", "backward", "post_backward")

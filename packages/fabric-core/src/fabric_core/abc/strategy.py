@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -50,6 +50,8 @@ class Strategy(Communicator):
         gradient_sync: the switch for gradient accumulation; ``None`` if there is none.
         resolved: what the last ``Fabric(...)`` put into this object, by kind; the next one replaces just that.
         sync_free: no gradients are exchanged at all, so that ``no_backward_sync`` has nothing to do.
+        shards_in_place: set-up splits the parameters of the user's own module, so that methods that use them outside
+            of forward fail; core explains it then.
     """
 
     fabric_api: ClassVar[str] = "1"
@@ -60,6 +62,7 @@ class Strategy(Communicator):
     precision_family: ClassVar[str | None] = None
     moves_batches: ClassVar[bool] = False
     sync_free: ClassVar[bool] = False
+    shards_in_place: ClassVar[bool] = False
     gradient_sync: GradientSync | None = None
     resolved: Mapping[str, Any] = MappingProxyType({})
 
@@ -92,6 +95,29 @@ class Strategy(Communicator):
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Wrap the module alone."""
 
+    def setup_compiled(
+        self,
+        module: nn.Module,
+        optimizers: list[Optimizer],
+        scheduler: Any,
+        compile: Callable[[Any], Any],
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Wrap a module that the user had passed through ``torch.compile``, and compile what comes of it.
+
+        By default the whole result is compiled. Override it to compile before wrapping, or part by part.
+
+        Args:
+            module: the module that was inside the compiled one.
+            optimizers: to be set up with it; may be empty.
+            scheduler: as for ``setup_module_and_optimizers``.
+            compile: compiles a module or a function with the user's settings, and returns the compiled one.
+        """
+        if optimizers:
+            module, optimizers, scheduler = self.setup_module_and_optimizers(module, optimizers, scheduler)
+        else:
+            module = self.setup_module(module)
+        return compile(module), optimizers, scheduler
+
     @abstractmethod
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Wrap one optimizer alone."""
@@ -103,6 +129,14 @@ class Strategy(Communicator):
     @abstractmethod
     def module_to_device(self, module: nn.Module) -> None:
         """Move parameters and buffers to ``root_device``, in place."""
+
+    def method_context(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around a method that the user marked with ``mark_forward_method``, inside the wrapper's forward.
+
+        Args:
+            module: the user's module, whose method runs.
+        """
+        return nullcontext()
 
     @abstractmethod
     def tensor_init_context(self) -> AbstractContextManager[Any]:

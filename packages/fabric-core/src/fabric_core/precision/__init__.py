@@ -11,9 +11,11 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot read the table
     from fabric_core.precision.double import DoublePrecision as DoublePrecision
     from fabric_core.precision.half import HalfPrecision as HalfPrecision
     from fabric_core.precision.mixed import MixedPrecision as MixedPrecision
+    from fabric_core.precision.sharded import FSDPPrecision as FSDPPrecision
 
 _TABLE = {
     "DoublePrecision": "fabric_core.precision.double:DoublePrecision",
+    "FSDPPrecision": "fabric_core.precision.sharded:FSDPPrecision",
     "HalfPrecision": "fabric_core.precision.half:HalfPrecision",
     "MixedPrecision": "fabric_core.precision.mixed:MixedPrecision",
     "Precision": "fabric_core.abc.precision:Precision",

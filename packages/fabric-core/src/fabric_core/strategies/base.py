@@ -14,7 +14,8 @@ from fabric_core.abc.checkpoint import CheckpointIO
 from fabric_core.abc.overrides import overrides
 from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy as StrategyContract
-from fabric_core.checkpoint.restore import load_module, restore
+from fabric_core.checkpoint.portable import clean_keys, live_keys
+from fabric_core.checkpoint.restore import Access, load_module, restore
 from fabric_core.checkpoint.state import collect_state
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 from fabric_core.checkpoint.write import write_checkpoint
@@ -49,6 +50,7 @@ class Strategy(StrategyContract):
     ) -> None:
         self.accelerator = accelerator
         self._checkpoint_io = checkpoint_io
+        self._default_io: CheckpointIO | None = None
         self._precision = precision
         self.launcher: Launcher | None = None
 
@@ -73,7 +75,7 @@ class Strategy(StrategyContract):
     def checkpoint_io(self) -> CheckpointIO:
         """Where checkpoints go. Files until another is set."""
         if self._checkpoint_io is None:
-            self._checkpoint_io = TorchCheckpointIO()
+            self._checkpoint_io = self._default_io = TorchCheckpointIO()
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -83,7 +85,7 @@ class Strategy(StrategyContract):
     @property
     def has_own_checkpoint_io(self) -> bool:
         """Whether a checkpoint IO was given or set."""
-        return self._checkpoint_io is not None
+        return self._checkpoint_io is not None and self._checkpoint_io is not self._default_io
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "launcher": None}  # a spawned worker starts no processes of its own
@@ -186,10 +188,10 @@ class Strategy(StrategyContract):
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Limit each gradient element to ``[-clip_val, clip_val]``."""
+        from fabric_core.strategies.clipping import clip_value
+
         self.precision.unscale_gradients(optimizer)
-        having = [p for p in self.precision.main_params(optimizer) if p.grad is not None]
-        if having:  # torch fails on none
-            nn.utils.clip_grad_value_(having, clip_value=clip_val)
+        clip_value(self.precision.main_params(optimizer), clip_val)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks (or any, with ``all=False``) decided True. Every rank calls it."""
@@ -197,11 +199,12 @@ class Strategy(StrategyContract):
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's state dict, keys without any wrapper's prefix."""
-        return module.state_dict()
+        state: dict[str, Any] = clean_keys(module.state_dict())
+        return state
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Put ``state_dict`` into the module, in place."""
-        load_module(module, state_dict, strict)
+        """Put ``state_dict``, with keys as ``get_module_state_dict`` gives them, into the module, in place."""
+        load_module(module, live_keys(state_dict, module), strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state dict; one that is sharded over ranks is gathered first and empty off rank 0."""
@@ -223,18 +226,22 @@ class Strategy(StrategyContract):
     def load_checkpoint(
         self, path: Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Every rank reads the file, straight into the memory of the objects in ``state``."""
+        """Every rank reads what it needs of a file or a sharded folder, straight into the objects in ``state``.
+
+        Whatever strategy wrote it. Optimizers are restored by the order of their parameters or by the names of these,
+        as the checkpoint has it. Every rank must call.
+        """
         if self.accelerator is not None:
             self.accelerator.empty_cache()
-        return restore(
-            self.checkpoint_io,
-            path,
-            state,
-            strict,
-            weights_only,
-            module_loader=self.load_module_state_dict,
-            module_state=self.get_module_state_dict,
-        )
+        return restore(self.checkpoint_io, path, state, strict, weights_only, access=self._access())
+
+    def _access(self) -> Access:
+        ranks = None
+        if self.requires_launch:
+            from fabric_core.checkpoint.sharded.ranks import ranks_of
+
+            ranks = ranks_of()
+        return Access(self.load_module_state_dict, self.get_module_state_dict, ranks)
 
 
 @contextmanager

@@ -5,24 +5,23 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fabric_core.abc.overrides import overrides
 from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
 from fabric_core.collections import for_each
-from fabric_core.errors import UsageError
+from fabric_core.errors import FabricError, UsageError
 from fabric_core.wrappers.compile import step_over
 
 
 def make_forward(module: nn.Module, strategy: Strategy) -> Callable[..., Any]:
     """The cheapest callable that does all that must happen around the module's forward: often the module itself."""
     precision = strategy.precision
-    if overrides(precision, Precision, "forward_context", "convert_input", "convert_output"):
+    if precision.changes_forward:
         forward: Callable[..., Any] = PrecisionForward(module, precision)
     else:
         forward = module
@@ -103,11 +102,15 @@ def _check_backward(grad: Tensor) -> None:
 
 
 def redirected_method(
-    original: nn.Module, name: str, call_wrapper: Callable[..., Any], compiled: bool = False
+    original: nn.Module,
+    name: str,
+    call_wrapper: Callable[..., Any],
+    compiled: bool = False,
+    context: Callable[[nn.Module], AbstractContextManager[Any]] | None = None,
 ) -> Callable[..., Any]:
     """``name`` of the user's module, run as if it were its forward: ``call_wrapper`` leads to it and back.
 
-    ``compiled`` says that it leads through a compiled module.
+    ``compiled`` says that it leads through a compiled module; ``context(original)`` is entered around the method.
     """
     method = getattr(original, name)
 
@@ -125,7 +128,10 @@ def redirected_method(
 
         def forward_once(*args: Any, **kwargs: Any) -> Any:
             restore()  # first of all: the method may call the module's real forward
-            return method(*args, **kwargs)
+            if context is None:
+                return method(*args, **kwargs)
+            with context(original):
+                return method(*args, **kwargs)
 
         if compiled:  # the compiler would trace the change of `forward`, and not see it undone in time
             restore, forward_once = step_over(restore), step_over(forward_once)
@@ -162,5 +168,24 @@ def guarded_method(original: nn.Module, name: str, method: Callable[..., Any]) -
             return method(*args, **kwargs)
         finally:
             handle.remove()
+
+    return call
+
+
+def explained_method(original: nn.Module, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of a module whose parameters are split in place; says what to do where it uses them as if whole."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            if isinstance(error, FabricError) or "DTensor" not in str(error):
+                raise
+            raise UsageError(
+                f"{type(original).__name__}.{name}() uses parameters of the module directly, of which each process "
+                "holds a part only, except during forward. Mark it once after setup, so that it runs as forward does: "
+                f'model.mark_forward_method("{name}").'
+            ) from error
 
     return call

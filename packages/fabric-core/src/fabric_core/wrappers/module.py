@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fabric_core.abc.overrides import overrides
 from fabric_core.abc.strategy import Strategy
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
 from fabric_core.wrappers.compile import is_compiled
-from fabric_core.wrappers.forward import guarded_method, make_forward, redirected_method
+from fabric_core.wrappers.forward import explained_method, guarded_method, make_forward, redirected_method
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DEFAULT_FORWARD_METHODS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
@@ -41,6 +42,7 @@ class FabricModule(nn.Module):
         self._modules["_forward_module"] = forward_module
         # Chosen once: the bare module where nothing has to happen around its forward.
         own["_run"] = make_forward(forward_module, strategy)
+        own["_method_context"] = strategy.method_context if overrides(strategy, Strategy, "method_context") else None
 
     @property
     def module(self) -> Any:
@@ -140,12 +142,16 @@ class FabricModule(nn.Module):
         if original is None:  # while unpickling
             raise AttributeError(name)
         if name in own["_forward_methods"] and hasattr(original, name):
-            return redirected_method(original, name, self, is_compiled(own["_modules"]["_forward_module"]))
+            compiled = is_compiled(own["_modules"]["_forward_module"])
+            return redirected_method(original, name, self, compiled, own["_method_context"])
         if name == "_forward_module":
             return own["_modules"][name]
         value = getattr(original, name)
-        if inspect.ismethod(value) and own["_modules"]["_forward_module"] is not original:
-            return guarded_method(original, name, value)
+        if inspect.ismethod(value):
+            if own["_modules"]["_forward_module"] is not original:
+                return guarded_method(original, name, value)
+            if own["_strategy"].shards_in_place:
+                return explained_method(original, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -68,7 +68,7 @@ def _kind(obj: object) -> str:
 
 def move_module(module: nn.Module, strategy: Strategy) -> None:
     """Have the strategy put the module on its device, in place; warn of one that is spread over several."""
-    if len({tensor.device for tensor in tensors_of(module)}) > 1:
+    if not strategy.shards_in_place and len({tensor.device for tensor in tensors_of(module)}) > 1:
         _warn_of_several_devices(module, strategy.root_device)
     strategy.module_to_device(module)
 

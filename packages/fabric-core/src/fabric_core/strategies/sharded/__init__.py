@@ -1,0 +1,1 @@
+"""What the strategies built on ``torch.distributed.fsdp.fully_shard`` share."""

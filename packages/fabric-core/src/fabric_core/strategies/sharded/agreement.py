@@ -1,0 +1,118 @@
+"""Making all ranks agree: on values, and on the random numbers that are drawn for a while."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fabric_core.distributed.coalesce import reduce_nested
+from fabric_core.distributed.group import is_initialized
+from fabric_core.distributed.objects import broadcast_object
+from fabric_core.errors import UsageError
+
+
+def alone() -> bool:
+    """Whether there is no other process."""
+    return not is_initialized() or dist.get_world_size() == 1
+
+
+def communicating_device(device: torch.device) -> torch.device:
+    """Where a tensor must be to be sent: ``device``, or the CPU if the process group has a way for that only."""
+    return torch.device("cpu") if dist.get_backend() == "gloo" else device
+
+
+def broadcast_tensors(tensors: list[Tensor], device: torch.device | None = None) -> None:
+    """Rank 0's values on every rank, in place; small tensors travel together. Every rank calls it.
+
+    Args:
+        tensors: of equal shapes and dtypes on all ranks.
+        device: the device of this process, for tensors on the CPU that the process group cannot send from there.
+    """
+    if not tensors or alone():
+        return
+
+    def send(tensor: Tensor) -> Tensor:
+        there = tensor if device is None else tensor.to(communicating_device(device))
+        dist.broadcast(there, 0)
+        return tensor if there is tensor else tensor.copy_(there)
+
+    with torch.no_grad():
+        reduce_nested([t.detach() for t in tensors], send)
+
+
+def make_equal(tensors: list[Tensor], device: torch.device) -> None:
+    """Rank 0's values on every rank, in place, of those tensors that differ. Every rank calls it.
+
+    Ranks that were seeded alike hold the same values already: comparing sums costs small messages only.
+
+    Raises:
+        RuntimeError: ranks have different tensors; on all of them.
+    """
+    if alone():
+        return
+    shapes = repr([(tuple(t.shape), t.dtype) for t in tensors])
+    if _differ([torch.tensor(zlib.crc32(shapes.encode()))], device)[0]:
+        raise UsageError(
+            "The module is not the same on all ranks: its parameters and buffers that have memory differ in number, "
+            "shape or dtype. Build it alike on every rank, on the meta device everywhere or nowhere."
+        )
+    if tensors:
+        differ = _differ([_fingerprint(t) for t in tensors], device)
+        broadcast_tensors([t for t, different in zip(tensors, differ, strict=True) if different], device)
+
+
+def _differ(numbers: list[Tensor], device: torch.device) -> list[bool]:
+    """Which of the numbers, one int64 each, are not the same on all ranks."""
+    target = communicating_device(device)
+    low = torch.stack([number.to(target) for number in numbers])
+    high = low.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    different: list[bool] = (low != high).tolist()
+    return different
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """One int64 that is the same for equal bits, and hardly ever for others."""
+    flat = tensor.detach().reshape(-1)
+    raw = (flat.clone() if flat.storage_offset() else flat).view(torch.uint8)  # int64 must start at a multiple of 8
+    return torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64).sum()
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Inside the ``with`` block every rank draws rank 0's random numbers. Every rank enters it.
+
+    Ranks that had the same random state before have the same one afterwards; others get their own back.
+    """
+    if alone():
+        yield
+        return
+    own = _random_state(device)
+    agreed = broadcast_object(own, 0, None if dist.get_backend() == "gloo" else device)
+    differs = any(not torch.equal(a, b) for a, b in zip(own, agreed, strict=True))
+    if differs:
+        _set_random_state(device, agreed)
+    try:
+        yield
+    finally:
+        if differs:
+            _set_random_state(device, own)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)
