@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from distributed.small_model import needs_fsdp
 from fabric_core import Fabric
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.strategies import FSDPStrategy, ModelParallelStrategy
 from fabric_core.strategies.sharded.checkpoints import _gathered
 
+pytestmark = needs_fsdp
 VOCABULARY, WIDTH, HIDDEN = 11, 6, 10  # by 4 nothing can be divided, by 2 what tensor parallelism splits
 
 

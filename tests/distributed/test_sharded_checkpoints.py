@@ -1,7 +1,5 @@
 """Saving and loading models that are spread over processes: what is written, what comes back, what is refused."""
 
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,71 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from distributed.sharded_network import launched, message, network, same, set_up, states, train, whole
+from distributed.small_model import needs_fsdp
 from fabric_core import Fabric
-from fabric_core.abc.checkpoint import CheckpointIO
-from fabric_core.strategies import FSDPStrategy, ModelParallelStrategy
 
-LIGHTNING = Path(__file__).parents[1] / "data" / "lightning"
-
-
-def launched(form="sharded", strategy=None, **arguments):
-    strategy = strategy or FSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type=form)
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, **arguments)
-    fabric.launch()
-    return fabric
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-
-
-def set_up(fabric, seed=0, steps=0, kind=torch.optim.AdamW, **options):
-    module = network(seed)
-    model, optimizer = fabric.setup(module, kind(module.parameters(), **{"lr": 0.01, **options}))
-    train(fabric, model, optimizer, steps)
-    return model, optimizer
-
-
-def train(fabric, model, optimizer, steps):
-    for _ in range(steps):
-        fabric.backward(model(torch.arange(12.0).reshape(4, 3)).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def whole(tree):
-    """Nested contents with whole tensors, on every rank."""
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(whole(value) for value in tree)
-    return tree.full_tensor() if isinstance(tree, DTensor) else tree.clone() if isinstance(tree, torch.Tensor) else tree
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def states(*objects):
-    """Their contents on every rank; ``state_dict`` of a set-up optimizer has them on rank 0."""
-    return [whole(dict(getattr(o, "optimizer", o).state_dict())) for o in objects]
-
-
-def message(call, *args, **kwargs):
-    """The type and text of the error that a call raises."""
-    try:
-        call(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
-
+pytestmark = needs_fsdp
 
 # What comes back
 
@@ -207,133 +145,6 @@ def test_a_modules_own_loading_code_works_on_whole_tensors(tmp_path, workers):
     assert workers(2).run(custom_loading, tmp_path / "x") == [([[2.0, 2.0]] * 3, [1.0, 1.0])] * 2
 
 
-# What others wrote
-
-
-def from_lightning(names):
-    for name in names:
-        for strategy in (None, ModelParallelStrategy(over_tensors, data_parallel_size=1, tensor_parallel_size=2)):
-            fabric = launched(strategy=strategy)
-            check_lightning(fabric, LIGHTNING / name)
-
-
-def over_tensors(module, mesh):
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-
-    plan = {"1": RowwiseParallel(input_layouts=Replicate())}
-    return parallelize_module(module, mesh["tensor_parallel"], plan)
-
-
-def check_lightning(fabric, path):
-    torch.manual_seed(5)
-    module = nn.Sequential(nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6, affine=False)), nn.Linear(6, 3))
-    groups = [{"params": [p for p in module.parameters() if p.dim() == dim]} for dim in (1, 2)]
-    model, optimizer = fabric.setup(module, torch.optim.AdamW(groups))
-    state = {"model": model, "optimizer": optimizer, "steps": 0}
-    assert fabric.load(path, state) == {"note": {"by": "Lightning"}}
-    assert state["steps"] == 2
-    probe = torch.load(f"{path}.probe")
-    model.eval()
-    torch.testing.assert_close(model(probe["inputs"]), probe["outputs"])
-    wanted = torch.load(f"{path}".replace("-sharded", "-full"))["optimizer"]
-    (found,) = states(optimizer)
-    ids = [id_ for group in wanted["param_groups"] for id_ in group.pop("params")]
-    assert [group.pop("params") for group in found["param_groups"]] == [[0, 1], [2, 3]]
-    assert found["param_groups"] == wanted["param_groups"]
-    assert same(found["state"], {number: wanted["state"][id_] for number, id_ in enumerate(ids)})
-
-
-NAMES = sorted(path.stem for path in LIGHTNING.glob("*.probe"))
-
-
-def test_checkpoints_of_lightning_load_in_all_their_forms(workers):
-    assert len(NAMES) == 7
-    workers(2).run(from_lightning, NAMES)
-    for name in NAMES:
-        check_lightning(Fabric(accelerator="cpu", devices=1), LIGHTNING / name)
-
-
-# Who reads
-
-
-@contextmanager
-def standing_in(folder):
-    before = Path.cwd()
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def seen_by_rank_zero_only(folder):
-    for form in ("full", "sharded"):
-        fabric = launched(form)
-        model, optimizer = set_up(fabric, steps=1)
-        state = {"model": model, "optimizer": optimizer, "step": 1, "more": torch.arange(3)}
-        fabric.save(folder / form, state)
-        expected = states(model, optimizer)
-        with standing_in(folder if fabric.global_rank == 0 else folder / "elsewhere"):
-            for loading in (fabric, launched(strategy="ddp")):
-                other, its_optimizer = set_up(loading, seed=1)
-                state = {"model": other, "optimizer": its_optimizer, "step": 0}
-                rest = loading.load(form, state)
-                assert same(states(other, its_optimizer), expected)
-                assert (state["step"], rest["more"].tolist()) == (1, [0, 1, 2])
-            assert loading.load(form)["step"] == 1
-    return message(loading.load, "nowhere")
-
-
-def test_what_only_rank_zero_sees_it_reads_for_all(tmp_path, workers):
-    first, second = workers(2).run(seen_by_rank_zero_only, tmp_path)
-    assert first.startswith("FileNotFoundError: There is no checkpoint at 'nowhere'")
-    assert first[:10] == second[:10]
-
-
-def in_memory_of_rank_zero():
-    fabric = launched("full")
-    model, optimizer = set_up(fabric, steps=1)
-    fabric.save("memory://sharded-checkpoints/x", {"model": model, "optimizer": optimizer})
-    other, its_optimizer = set_up(fabric, seed=1)
-    fabric.load("memory://sharded-checkpoints/x", {"model": other, "optimizer": its_optimizer})
-    return same(states(other, its_optimizer), states(model, optimizer))
-
-
-def test_a_file_that_cannot_be_read_in_parts_is_read_once(workers):
-    assert workers(2).run(in_memory_of_rank_zero) == [True, True]
-
-
-class Simple(CheckpointIO):
-    """Only what the contract demands."""
-
-    def save_checkpoint(self, checkpoint, path):
-        torch.save(checkpoint, f"{path}.simple")
-
-    def load_checkpoint(self, path):
-        return torch.load(f"{path}.simple")
-
-    def remove_checkpoint(self, path):
-        os.unlink(f"{path}.simple")
-
-
-def through_an_io(path):
-    fabric = launched("full", plugins=[Simple()])
-    model, optimizer = set_up(fabric, steps=1)
-    fabric.save(path, {"model": model, "optimizer": optimizer})
-    other, its_optimizer = set_up(fabric, seed=1)
-    fabric.load(path, {"model": other, "optimizer": its_optimizer})
-    assert same(states(other, its_optimizer), states(model, optimizer))
-    fabric = launched("sharded", plugins=[Simple()])
-    return message(fabric.save, path, {"model": set_up(fabric)[0]})
-
-
-def test_full_checkpoints_go_through_any_checkpoint_io_and_sharded_ones_say_that_they_do_not(tmp_path, workers):
-    for text in workers(2).run(through_an_io, tmp_path / "x"):
-        assert "UnsupportedError: Simple writes the checkpoint of one process" in text
-
-
 # What is written
 
 
@@ -378,7 +189,7 @@ def parts(folder):
 
 
 def test_filters_and_modules_without_state(tmp_path, workers):
-    assert workers(2).run(parts, tmp_path) == [dict.fromkeys(("full", "sharded"), ["0.bias", "0.weight"])] * 2
+    assert workers(2).run(parts, tmp_path) == [{key: ["0.bias", "0.weight"] for key in ("full", "sharded")}] * 2
 
 
 def generator_and_discriminator(folder):
@@ -515,7 +326,7 @@ def test_load_raw_takes_a_bare_state_or_the_only_one_that_fits(tmp_path, workers
 
 def whole_optimizer_state():
     fabric = launched()
-    model, optimizer = set_up(fabric, steps=1)
+    _, optimizer = set_up(fabric, steps=1)
     state = fabric.strategy.get_optimizer_state(optimizer.optimizer)
     return {number: entries["exp_avg"].shape for number, entries in state.get("state", {}).items()}
 

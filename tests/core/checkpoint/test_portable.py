@@ -272,5 +272,5 @@ def test_loading_into_parameters_without_memory_is_an_error(fabric, path):
     torch.save({"model": nn.Linear(3, 3).state_dict()}, path)
     with torch.device("meta"):
         module = nn.Linear(3, 3)
-    with pytest.raises(CheckpointError, match="on the meta device, set the module up first.*: weight, bias"):
+    with pytest.raises(CheckpointError, match=r"on the meta device, set the module up first.*: weight, bias"):
         fabric.load(path, {"model": module})

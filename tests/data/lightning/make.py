@@ -43,7 +43,7 @@ class FSDPOnCPU(FSDPStrategy):
 
 
 def whole_state_in_place(module, world_size, rank0_only=True):
-    """Lightning's context without the copy to the CPU, where the state is already and where torch 2.13 crashes on it."""
+    """Lightning's context without the copy to the CPU, on which torch 2.13 crashes if the state is there already."""
     from torch.distributed.fsdp import FullStateDictConfig, StateDictType
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -105,7 +105,7 @@ def write(rank, name, folder):
 
 
 def put_right(folder):
-    """Gathering on the CPU, torch 2.13 leaves the last of a parameter's states in all of them: take the sharded ones."""
+    """Gathering on the CPU, torch 2.13 makes all of a parameter's states the last one: take the sharded ones."""
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
     content, right = torch.load(folder / "fsdp-full"), _load_distributed_checkpoint(folder / "fsdp-sharded")

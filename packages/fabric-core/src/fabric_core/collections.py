@@ -60,7 +60,7 @@ def apply_to_collection(
     def visit(item: Any) -> Any:
         if isinstance(item, dtype) and (wrong_dtype is None or not isinstance(item, wrong_dtype)):
             return function(item, *args, **kwargs)
-        return _visit_children(item, visit, include_none, allow_frozen)
+        return _visit_children(item, visit, include_none, allow_frozen)  # noqa: F821 - deleted once it has run
 
     try:
         return visit(data)

@@ -12,12 +12,11 @@ from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from core.strategies.sharded.blocks import needs_fsdp
 from fabric_core import Fabric
 from fabric_core.strategies import FSDPStrategy, SelectiveCheckpoint
 from fabric_core.strategies.sharded.activation_checkpointing import checkpoint_modules, read_checkpointing
 from fabric_core.warnings import FabricDeprecationWarning
-
-needs_fsdp = pytest.mark.skipif(torch.__version__ < "2.8", reason="torch shards over two axes on CPU from 2.8 on")
 
 
 class Block(nn.Module):

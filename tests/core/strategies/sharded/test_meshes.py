@@ -8,9 +8,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy
 
+from core.strategies.sharded.blocks import needs_fsdp
 from fabric_core.strategies.sharded.meshes import MeshRequest, Place, check_engine, make_mesh, sharding_named
-
-needs_fsdp = pytest.mark.skipif(torch.__version__ < "2.8", reason="torch shards over two axes on CPU from 2.8 on")
 
 NAMES = ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"]
 
