@@ -55,6 +55,16 @@ def stack() -> nn.Module:
     return nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(20)))
 
 
+def trained(fabric: Fabric) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The stack after one step, so that the optimizer has its state."""
+    model = stack()
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters()))
+    fabric.backward(model(torch.ones(1, 2048)).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
 def by_hand(model: nn.Module, blocks: nn.Module) -> nn.Module:
     """Shard as one would without Fabric."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -87,11 +97,7 @@ def compare_steps(fabric: Fabric) -> None:
 
 def compare_checkpoints(fabric: Fabric, folder: Path) -> None:
     """Print the times of saving and loading, and for how long a save in the background holds training up."""
-    model = stack()
-    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters()))
-    fabric.backward(model(torch.ones(1, 2048)).sum())
-    optimizer.step()
-    optimizer.zero_grad()
+    model, optimizer = trained(fabric)
 
     def torch_state() -> dict[str, object]:
         model_state, optimizer_state = get_state_dict(model.module, optimizer.optimizer)
@@ -114,11 +120,12 @@ def compare_checkpoints(fabric: Fabric, folder: Path) -> None:
 
 def compare_stall(fabric: Fabric, folder: Path) -> None:
     """Print for how long a save in the background holds training up, against copying the same bytes."""
-    model = stack()
-    model = fabric.setup_module(model)
-    shards = [parameter.to_local().detach() for parameter in model.parameters()]
+    model, optimizer = trained(fabric)
+    moments = [moment for kept in optimizer.state.values() for moment in kept.values() if moment.ndim]
+    shards = [tensor.to_local().detach() for tensor in [*model.parameters(), *moments]]
     buffers = [torch.empty_like(shard) for shard in shards]
     finish = fabric.strategy.checkpoint_io.drain
+    state = {"model": model, "optimizer": optimizer}
 
     def copy() -> None:
         for buffer, shard in zip(buffers, shards, strict=True):
@@ -127,7 +134,7 @@ def compare_stall(fabric: Fabric, folder: Path) -> None:
     copying, stalls = [], []
     for round_ in range(ROUNDS + 1):
         copying.append(seconds(copy))
-        stalls.append(seconds(lambda: fabric.save(folder / "background", {"model": model})))
+        stalls.append(seconds(lambda: fabric.save(folder / "background", state)))
         finish()
         if round_ == 0:  # the first save makes the buffers
             fabric.print(f"first save in the background: {stalls[0]:.3f} s")
