@@ -8,7 +8,7 @@ from distributed.small_model import needs_fsdp
 from fabric_core import Fabric
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.strategies import FSDPStrategy, ModelParallelStrategy
-from fabric_core.strategies.sharded.checkpoints import _gathered
+from fabric_core.strategies.sharded.checkpoints import gathered
 
 pytestmark = needs_fsdp
 VOCABULARY, WIDTH, HIDDEN = 11, 6, 10  # by 4 nothing can be divided, by 2 what tensor parallelism splits
@@ -98,7 +98,7 @@ def step(fabric, model, optimizer, number):
 
 def contents(model, optimizer):
     """Whole tensors of the model by name, of the optimizer by number, on rank 0."""
-    whole = _gathered({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}, ranks_of())
+    whole = gathered({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}, ranks_of())
     return whole or {}
 
 

@@ -192,6 +192,25 @@ def test_filters_and_modules_without_state(tmp_path, workers):
     assert workers(2).run(parts, tmp_path) == [{key: ["0.bias", "0.weight"] for key in ("full", "sharded")}] * 2
 
 
+def different_buffers(folder):
+    found = []
+    for form in ("full", "sharded"):
+        fabric = launched(form)
+        model, _ = set_up(fabric)
+        for buffer in model.buffers():
+            buffer.fill_(fabric.global_rank + 3)
+        fabric.save(folder / form, {"model": model})
+        other, _ = set_up(fabric, seed=1)
+        fabric.load(folder / form, {"model": other})
+        found.append({name: buffer.unique().tolist() for name, buffer in other.named_buffers()})
+    return found
+
+
+def test_buffers_are_those_of_rank_zero(tmp_path, workers):
+    wanted = {"1.running_mean": [3], "1.running_var": [3], "1.num_batches_tracked": [3]}
+    assert workers(2).run(different_buffers, tmp_path) == [[wanted] * 2] * 2
+
+
 def generator_and_discriminator(folder):
     for form in ("full", "sharded"):
         fabric = launched(form)

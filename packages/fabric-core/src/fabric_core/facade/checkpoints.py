@@ -61,14 +61,14 @@ class Checkpoints(FabricBase):
         """Restore the objects in ``state`` from a checkpoint, in place. Every rank calls it.
 
         Args:
-            path: where from.
+            path: where from; a file or a sharded folder, whatever strategy wrote it.
             state: objects by the names they were saved under; plain values are replaced in the dict. Without it, the
                 whole checkpoint is returned.
             strict: every name in ``state`` must be in the checkpoint, and modules must match key by key.
             weights_only: ``False`` runs code from the file: only for files you trust.
 
         Returns:
-            What the checkpoint holds beyond ``state``.
+            What the checkpoint holds beyond ``state``; of a sharded one, what belongs to no module and no optimizer.
 
         Raises:
             KeyError: names are missing; the message lists all of them, and nothing was changed.
@@ -88,7 +88,9 @@ class Checkpoints(FabricBase):
         return remainder
 
     def load_raw(self, path: Path, obj: Any, strict: bool = True, *, weights_only: bool | None = None) -> None:
-        """Load a file that holds one bare state dict into a module or optimizer, in place. Every rank calls it.
+        """Load a bare state dict from a file into a module or optimizer, in place. Every rank calls it.
+
+        A sharded checkpoint will do if just one state in it can be meant.
 
         Raises:
             TypeError: neither a module nor an optimizer.

@@ -90,7 +90,7 @@ class _Archive:
 @lru_cache(maxsize=1024)
 def _structure(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
     """What torch pickles for a tensor that has its storage for itself."""
-    rebuild, (storage, _, _, _, *rest) = torch.empty(0, dtype=dtype).__reduce_ex__(2)
+    rebuild, (storage, _, _, _, *rest) = torch.empty(0, dtype=dtype, device="cpu").__reduce_ex__(2)
     buffer = io.BytesIO()
     pickler = _StructurePickler(buffer, protocol=2)  # the one that safe loading reads
     elements = torch.Size(shape).numel()

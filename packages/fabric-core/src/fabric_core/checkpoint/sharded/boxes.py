@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fabric_core.checkpoint.sharded.stored import Box
 from fabric_core.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor: the position of its first element, and its extent."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 def is_dtensor(value: object) -> bool:

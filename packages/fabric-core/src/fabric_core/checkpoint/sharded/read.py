@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fabric_core.checkpoint.lazy import in_parallel
 from fabric_core.checkpoint.paths import is_remote
-from fabric_core.checkpoint.sharded.boxes import local_part, overlap, part_of, relative, volume
+from fabric_core.checkpoint.sharded.boxes import Box, local_part, overlap, part_of, relative, volume
 from fabric_core.checkpoint.sharded.folder import Folder, LocalFolder, RemoteFolder
 from fabric_core.checkpoint.sharded.index import Index, Place, TensorInfo, read_index
 from fabric_core.checkpoint.sharded.layout import EXTRAS, METADATA, find_folder
 from fabric_core.checkpoint.sharded.manifest import Manifest, check_sizes, manifest_of
-from fabric_core.checkpoint.sharded.stored import Box, read_box
+from fabric_core.checkpoint.sharded.stored import read_box
 from fabric_core.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -51,12 +51,21 @@ def open_sharded(path: Path, weights_only: bool | None = None) -> Iterator[Shard
     """
     safe = weights_only is not False
     with open_folder(path) as folder:
-        manifest = manifest_of(folder)
-        if manifest is not None and (problems := check_sizes(folder, manifest)):
-            raise CheckpointError(f"The checkpoint {os.fspath(path)!r} is damaged: {'; '.join(problems)}.")
+        manifest = _sound_manifest(folder, path)
         file = METADATA if manifest is None else manifest.name(METADATA)
         index = read_index(folder.read_all(file), f"{folder.name}/{file}", safe=safe)
         yield ShardedCheckpoint(path, folder, index, manifest, safe)
+
+
+def _sound_manifest(folder: Folder, path: Path) -> Manifest | None:
+    """The manifest, whose files are all there; ``None`` if there is none."""
+    manifest = manifest_of(folder)
+    while manifest is not None and (problems := check_sizes(folder, manifest)):
+        # In a store, another save may have replaced the checkpoint between two looks.
+        before, manifest = manifest, manifest_of(folder)
+        if manifest == before:
+            raise CheckpointError(f"The checkpoint {os.fspath(path)!r} is damaged: {'; '.join(problems)}.")
+    return manifest
 
 
 @contextmanager

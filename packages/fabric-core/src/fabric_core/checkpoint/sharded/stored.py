@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from fabric_core.checkpoint.lazy import span
+from fabric_core.checkpoint.sharded.boxes import Box as Box
+from fabric_core.checkpoint.sharded.boxes import part_of
 from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _BUFFER: Final = 16 * 2**20  # bytes that pass through a buffer at a time
 _SMALL: Final = 256 * 2**10  # bytes; read whole, rather than the table of contents first
+_SMALL_REMOTE: Final = 4 * 2**20
 _ENDS: Final = 4096  # bytes; the table of contents is in the first and last ones
 _DTYPES: Final = {  # by what torch.save calls their storages; newer dtypes are named themselves
     "DoubleStorage": torch.float64,
@@ -57,14 +60,6 @@ class Elements:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Box:
-    """A part of a tensor: the position of its first element, and its extent."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
 @torch.no_grad()
 def read_box(folder: Folder, place: Place, box: Box, destination: Tensor) -> None:
     """Fill ``destination``, of the box's shape, with a box of the chunk at ``place``; any dtype, layout and device.
@@ -76,7 +71,7 @@ def read_box(folder: Folder, place: Place, box: Box, destination: Tensor) -> Non
         elements = _elements(piece, place)
         if elements is None:
             whole = torch.load(io.BytesIO(piece.everything()), map_location="cpu", weights_only=True)
-            destination.copy_(_narrowed(whole, box))
+            destination.copy_(part_of(whole, box))
             return
     except (CheckpointError, OSError, MemoryError):
         raise
@@ -91,7 +86,7 @@ class _Piece(io.RawIOBase):
     def __init__(self, folder: Folder, place: Place) -> None:
         super().__init__()
         self._folder, self._place, self._position = folder, place, 0
-        if place.length <= _SMALL:
+        if place.length <= (_SMALL_REMOTE if folder.remote else _SMALL):
             self._parts = [(0, self._fetch(0, place.length))]
         else:
             last = place.length - _ENDS
@@ -193,12 +188,6 @@ def _start_of_data(piece: _Piece, header: int) -> int:
     return header + 30 + name + extra
 
 
-def _narrowed(tensor: Tensor, box: Box) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        tensor = tensor.narrow(dim, offset, size)
-    return tensor
-
-
 def _copy(piece: _Piece, elements: Elements, box: Box, destination: Tensor) -> None:
     """Bring a box of the stored elements to ``destination``, whose shape it has."""
     width = elements.dtype.itemsize
@@ -207,7 +196,7 @@ def _copy(piece: _Piece, elements: Elements, box: Box, destination: Tensor) -> N
     if _same_order(elements, box, length, destination):
         piece.fill(start, bytes_at(destination.data_ptr(), length * width))
     elif length * width <= _BUFFER or destination.numel() == 1:
-        buffer = torch.empty(length, dtype=elements.dtype)
+        buffer = torch.empty(length, dtype=elements.dtype, device="cpu")
         piece.fill(start, bytes_at(buffer.data_ptr(), length * width))
         destination.copy_(buffer.as_strided(box.sizes, elements.strides))
     else:

@@ -96,7 +96,8 @@ class _Save:
             self._draft.discard()
 
     def close(self) -> None:
-        """Let go of the draft."""
+        """Let go of the draft; and of the error, which refers to this object and would keep the state alive."""
+        self._error = None
         if self._draft is not None:
             self._draft.close()
 

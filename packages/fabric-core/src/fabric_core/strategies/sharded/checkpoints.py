@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fabric_core.checkpoint.agreement import together
 from fabric_core.checkpoint.durable import new_name
 from fabric_core.checkpoint.paths import is_remote, resolve
-from fabric_core.checkpoint.portable import portable_optimizer_state
+from fabric_core.checkpoint.portable import clean_name, portable_optimizer_state
 from fabric_core.checkpoint.restore import Access
 from fabric_core.checkpoint.sharded.boxes import is_dtensor
 from fabric_core.checkpoint.sharded.exchange import exchange
@@ -72,13 +72,14 @@ class ShardedCheckpoints(Strategy):
             self.check_initialised(module)
         collected = together(ranks, lambda: self._collected(state, filter), f"{os.fspath(path)!r} was not written")
         if sharded:
-            self._save_sharded(path, *_divided(state, collected), ranks)
+            tensors, extras = _divided(state, collected)
+            self._save_sharded(path, _share(state, tensors, ranks.rank), extras, ranks)
         else:
             self._save_full(path, collected, storage_options, ranks)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state on rank 0, numbered as torch does; empty on the others."""
-        return _gathered(optimizer.state_dict(), ranks_of()) or {}
+        return gathered(optimizer.state_dict(), ranks_of()) or {}
 
     def load_checkpoint(
         self, path: Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
@@ -136,7 +137,7 @@ class ShardedCheckpoints(Strategy):
         background = _as_async(io)
         if background is not None:
             together(ranks, background.drain, f"{os.fspath(path)!r} was not begun")  # its copy is as large as this one
-        content = _gathered(collected, ranks, copy=None if background is None else background.stage)
+        content = gathered(collected, ranks, copy=None if background is None else background.stage)
         if content is None:
             return
         if background is None:
@@ -164,6 +165,17 @@ def _divided(state: dict[str, Any], collected: dict[str, Any]) -> tuple[dict[str
     return tensors, {key: value for key, value in collected.items() if key not in tensors}
 
 
+def _share(state: dict[str, Any], tensors: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What this rank has to offer. Buffers may differ, as statistics over batches do: rank 0's are stored together."""
+    if rank == 0:
+        return tensors
+    share = dict(tensors)
+    for key, module in _modules({key: state[key] for key in tensors}).items():
+        parameters = {clean_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        share[key] = {name: value for name, value in tensors[key].items() if name in parameters or is_dtensor(value)}
+    return share
+
+
 @dataclass(frozen=True)
 class _Gathered:
     """Stands for a tensor that was gathered already."""
@@ -171,7 +183,7 @@ class _Gathered:
     number: int
 
 
-def _gathered(tree: Any, ranks: Ranks, copy: Callable[[Any], Any] | None = None) -> Any:
+def gathered(tree: Any, ranks: Ranks, copy: Callable[[Any], Any] | None = None) -> Any:
     """``tree`` with whole tensors in host memory on rank 0, ``None`` elsewhere.
 
     Args:
