@@ -1,6 +1,7 @@
 """ModelParallelStrategy: sizes, mesh, what the user's function may return, and who keeps gradients equal."""
 
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -236,3 +237,37 @@ def twice():
 
 def test_a_strategy_serves_several_fabrics_and_modules(workers):
     assert workers(2).run(twice) == [([True, True], "32-true")] * 2
+
+
+class Shuffled(nn.Module):
+    """Buffers whose values differ by their order only."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.register_buffer("integers", order)
+        self.register_buffer("one_hot", torch.zeros(8192, dtype=torch.float64))
+        self.one_hot[int(order[0]) * 128] = 1
+
+
+def shuffled():
+    fabric = launched()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(fabric.global_rank))
+    model = fabric.setup_module(Shuffled(order))
+    return model.integers.tolist(), int(model.one_hot.argmax())
+
+
+def test_values_in_another_order_are_made_equal_too(workers):
+    first, second = workers(2).run(shuffled)
+    assert first == second
+
+
+def time_limits():
+    strategy = ModelParallelStrategy(same, 1, 2, timeout=timedelta(seconds=77))
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    backend = strategy.device_mesh["data_parallel"].get_group()._get_backend(torch.device("cpu"))
+    return backend.options._timeout.total_seconds()
+
+
+def test_groups_of_the_mesh_have_the_time_limit(workers):
+    assert workers(2).run(time_limits) == [77, 77]

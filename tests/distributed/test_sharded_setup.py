@@ -310,3 +310,26 @@ def held():
 
 def test_parameters_of_the_meta_device_hold_no_memory_for_those_who_keep_them(workers):
     assert workers(2).run(held) == [(True, True)] * 2
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def built_differently():
+    strategy = FSDPStrategy(sync_module_states=False)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    with fabric.init_module(empty_init=fabric.global_rank == 1):
+        module = Bare()
+    with pytest.raises(UsageError, match=r"Not all ranks built Bare alike.*sync_module_states"):
+        fabric.setup_module(module)
+
+
+def test_ranks_that_build_a_module_differently_are_told(workers):
+    workers(2).run(built_differently)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy
 
 from core.strategies.sharded.blocks import needs_fsdp
-from fabric_core.strategies.sharded.meshes import MeshRequest, Place, check_engine, make_mesh, sharding_named
+from fabric_core.strategies.sharded.meshes import MeshRequest, World, check_engine, make_mesh, sharding_named
 
 NAMES = ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"]
 
@@ -37,7 +37,7 @@ def test_mesh_and_group_exclude_each_other():
 
 
 def place(nodes=1, per_node=4, **kwargs):
-    return Place(kwargs.get("device", "cpu"), nodes, per_node, timedelta(seconds=50))
+    return World(kwargs.get("device", "cpu"), nodes, per_node, timedelta(seconds=50))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fabric_core.strategies.sharded.fsdp1_arguments import (
     read_options,
 )
 from fabric_core.strategies.sharded.groups import fsdp_modules
-from fabric_core.strategies.sharded.meshes import MeshRequest, Place, make_mesh, sharding_named
+from fabric_core.strategies.sharded.meshes import MeshRequest, World, make_mesh, sharding_named
 from fabric_core.strategies.sharded.splitting import Splitting, check_parts
 from fabric_core.strategies.sharded.wrapping import Policy, check_policy, choose_units
 from fabric_core.warnings import user_stacklevel
@@ -173,8 +173,8 @@ class FSDPStrategy(ShardedStrategy):
 
     def build_meshes(self) -> None:
         """Make the mesh; every rank calls it."""
-        place = Place(self.root_device.type, self.num_nodes, self.num_processes, self.timeout)
-        self._mesh = make_mesh(self._sharding, self._mesh_request, place)
+        world = World(self.root_device.type, self.num_nodes, self.num_processes, self.timeout)
+        self._mesh = make_mesh(self._sharding, self._mesh_request, world)
 
     def teardown(self) -> None:
         """Forget the mesh, whose groups end with the process group."""

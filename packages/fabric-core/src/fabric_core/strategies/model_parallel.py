@@ -14,9 +14,9 @@ from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UsageErro
 from fabric_core.rank_zero import rank_zero_only
 from fabric_core.strategies.sharded.agreement import make_equal
 from fabric_core.strategies.sharded.base import Compile, ShardedStrategy
-from fabric_core.strategies.sharded.groups import fsdp_modules, parameter_groups
+from fabric_core.strategies.sharded.groups import fsdp_modules, mesh_of, parameter_groups
 from fabric_core.strategies.sharded.materialize import materialize_sharded
-from fabric_core.strategies.sharded.meshes import check_engine
+from fabric_core.strategies.sharded.meshes import World, check_engine, new_mesh
 from fabric_core.warnings import possible_user_warning
 
 if TYPE_CHECKING:
@@ -99,8 +99,6 @@ class ModelParallelStrategy(ShardedStrategy):
         Raises:
             RuntimeError: the sizes do not multiply to the number of processes.
         """
-        from torch.distributed.device_mesh import init_device_mesh
-
         data = self.num_nodes if self.data_parallel_size == "auto" else self.data_parallel_size
         tensor = self.num_processes if self.tensor_parallel_size == "auto" else self.tensor_parallel_size
         if data * tensor != self.world_size:
@@ -110,7 +108,8 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"processes: {self.num_nodes} nodes with {self.num_processes} each. Pass sizes whose product is "
                 f"{self.world_size}."
             )
-        self._mesh = init_device_mesh(self.root_device.type, (data, tensor), mesh_dim_names=(DATA, TENSOR))
+        world = World(self.root_device.type, self.num_nodes, self.num_processes, self.timeout)
+        self._mesh = new_mesh((data, tensor), world, (DATA, TENSOR))
 
     def teardown(self) -> None:
         """Leave the process group, and with it the mesh."""
@@ -133,7 +132,7 @@ class ModelParallelStrategy(ShardedStrategy):
             )
         _refuse_wrapped_fsdp(result)
         for group in (group for unit in fsdp_modules(result) for group in parameter_groups(unit)):
-            check_engine(self.root_device.type, group.mesh_info.mesh.ndim)
+            check_engine(self.root_device.type, mesh_of(group).ndim)
         materialize_sharded(result, self.root_device)
         self._warn_of_unsynchronised(result)
         if compile is not None:

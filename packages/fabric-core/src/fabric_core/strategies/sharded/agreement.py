@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from fabric_core.distributed.coalesce import reduce_nested
 from fabric_core.distributed.group import is_initialized
 from fabric_core.distributed.objects import broadcast_object
 from fabric_core.errors import UsageError
+
+_BLOCK: Final = 2**18  # words of 8 bytes, so that what is computed on the way stays small
+_ODD: Final = 0x1E3779B97F4A7C15  # any large odd number: products wrap around, and none of its bits get lost
 
 
 def alone() -> bool:
@@ -55,8 +59,7 @@ def make_equal(tensors: list[Tensor], device: torch.device) -> None:
     """
     if alone():
         return
-    shapes = repr([(tuple(t.shape), t.dtype) for t in tensors])
-    if _differ([torch.tensor(zlib.crc32(shapes.encode()))], device)[0]:
+    if not same_everywhere([(tuple(t.shape), t.dtype) for t in tensors], device):
         raise UsageError(
             "The module is not the same on all ranks: its parameters and buffers that have memory differ in number, "
             "shape or dtype. Build it alike on every rank, on the meta device everywhere or nowhere."
@@ -64,6 +67,11 @@ def make_equal(tensors: list[Tensor], device: torch.device) -> None:
     if tensors:
         differ = _differ([_fingerprint(t) for t in tensors], device)
         broadcast_tensors([t for t, different in zip(tensors, differ, strict=True) if different], device)
+
+
+def same_everywhere(description: Any, device: torch.device) -> bool:
+    """Whether ``repr(description)`` is the same on all ranks. Every rank calls it."""
+    return alone() or not _differ([torch.tensor(zlib.crc32(repr(description).encode()))], device)[0]
 
 
 def _differ(numbers: list[Tensor], device: torch.device) -> list[bool]:
@@ -78,10 +86,19 @@ def _differ(numbers: list[Tensor], device: torch.device) -> list[bool]:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """One int64 that is the same for equal bits, and hardly ever for others."""
+    """One int64 that is the same for equal bits in equal places, and hardly ever for others."""
     flat = tensor.detach().reshape(-1)
     raw = (flat.clone() if flat.storage_offset() else flat).view(torch.uint8)  # int64 must start at a multiple of 8
-    return torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64).sum()
+    words = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for first in range(0, words.numel(), _BLOCK):
+        block = words[first : first + _BLOCK]
+        # The place goes in before the bits are mixed: the same values in another order are other values.
+        mixed = block ^ (torch.arange(first, first + len(block), device=tensor.device) * _ODD)
+        for shift in (32, 29):
+            mixed = (mixed ^ (mixed >> shift)) * _ODD
+        total += mixed.sum()
+    return total
 
 
 @contextmanager

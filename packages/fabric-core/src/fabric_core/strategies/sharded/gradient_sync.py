@@ -10,10 +10,7 @@ from typing import Any
 from torch import nn
 
 from fabric_core.errors import InvalidTypeError
-from fabric_core.strategies.sharded.groups import fsdp_modules, parameter_groups
-
-# Reduce-scatter within the group that shards, and all-reduce between the replicas of hybrid sharding.
-_SWITCHES = ("reduce_grads", "all_reduce_grads")
+from fabric_core.strategies.sharded.groups import GRADIENT_SWITCHES, fsdp_modules, parameter_groups
 
 
 class ShardedGradientSync:
@@ -52,13 +49,13 @@ class ShardedGradientSync:
 
 @contextmanager
 def _switched(groups: list[Any], on: bool) -> Iterator[None]:
-    before = [tuple(getattr(group, switch) for switch in _SWITCHES) for group in groups]
+    before = [tuple(getattr(group, switch) for switch in GRADIENT_SWITCHES) for group in groups]
     try:
         for group in groups:
-            for switch in _SWITCHES:
+            for switch in GRADIENT_SWITCHES:
                 setattr(group, switch, on)
         yield
     finally:
         for group, values in zip(groups, before, strict=True):
-            for switch, value in zip(_SWITCHES, values, strict=True):
+            for switch, value in zip(GRADIENT_SWITCHES, values, strict=True):
                 setattr(group, switch, value)

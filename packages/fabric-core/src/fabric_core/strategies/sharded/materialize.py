@@ -11,7 +11,13 @@ from torch.distributed.tensor import DTensor
 
 from fabric_core.module_init import children_first, own_tensors, reset_method
 from fabric_core.strategies.sharded.agreement import broadcast_tensors
-from fabric_core.strategies.sharded.groups import fsdp_modules, offloads, parameter_groups
+from fabric_core.strategies.sharded.groups import (
+    fsdp_modules,
+    offloads,
+    parameter_groups,
+    sharded_parameters,
+    take_over_memory,
+)
 from fabric_core.strategies.sharded.parts import local_of
 from fabric_core.strategies.sharded.places import place_of
 from fabric_core.strategies.sharded.unfilled import fill, mark, marked, untouched
@@ -51,14 +57,13 @@ def materialize_sharded(module: nn.Module, device: torch.device) -> None:
     part: values do not depend on the number of processes, and memory is needed for one sub-module at a time.
     """
     groups = [group for part in fsdp_modules(module) for group in parameter_groups(part)]
-    offloaded = {id(p.sharded_param) for group in groups if offloads(group) for p in group.fsdp_params}
+    offloaded = {id(p) for group in groups if offloads(group) for p in sharded_parameters(group)}
     parts = children_first(module)
     fresh = [(part, names) for part in parts if (names := _give_memory(part, device, offloaded))]
     if not fresh:
         return
     for group in groups:
-        for parameter in group.fsdp_params:
-            parameter.reset_sharded_param()  # takes the new memory over, as after load_state_dict
+        take_over_memory(group)
     for part, names in fresh:
         _initialise(part, names, None)
 

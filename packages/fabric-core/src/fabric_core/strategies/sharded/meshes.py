@@ -89,7 +89,7 @@ class MeshRequest:
 
 
 @dataclass(frozen=True)
-class Place:
+class World:
     """Where the mesh is made.
 
     Attributes:
@@ -110,7 +110,7 @@ class Place:
         return self.num_nodes * self.per_node
 
 
-def make_mesh(sharding: Sharding, request: MeshRequest, place: Place) -> DeviceMesh:
+def make_mesh(sharding: Sharding, request: MeshRequest, world: World) -> DeviceMesh:
     """The mesh, with axes named ``shard``, or ``replicate`` and ``shard``. Every rank calls it, in the process group.
 
     Raises:
@@ -120,14 +120,14 @@ def make_mesh(sharding: Sharding, request: MeshRequest, place: Place) -> DeviceM
     """
     given = request.device_mesh
     if request.process_group is not None:
-        mesh = _from_groups(request.process_group, sharding, place)
+        mesh = _from_groups(request.process_group, sharding, world)
     elif given is None:
-        mesh = _new_mesh(_default_shape(sharding, place), place)
+        mesh = new_mesh(_default_shape(sharding, world), world)
     elif isinstance(given, tuple | list):
-        mesh = _new_mesh(_checked_shape(tuple(given), sharding, place), place)
+        mesh = new_mesh(_checked_shape(tuple(given), sharding, world), world)
     else:
-        mesh = _given_mesh(given, sharding, place)
-    check_engine(place.device_type, mesh.ndim)
+        mesh = _given_mesh(given, sharding, world)
+    check_engine(world.device_type, mesh.ndim)
     return mesh
 
 
@@ -147,14 +147,14 @@ def check_engine(device_type: str, axes: int) -> None:
         )
 
 
-def _default_shape(sharding: Sharding, place: Place) -> tuple[int, ...]:
+def _default_shape(sharding: Sharding, world: World) -> tuple[int, ...]:
     if sharding.whole:
-        return (place.world_size, 1)
-    return (place.world_size,) if sharding.axes == 1 else (place.num_nodes, place.per_node)
+        return (world.world_size, 1)
+    return (world.world_size,) if sharding.axes == 1 else (world.num_nodes, world.per_node)
 
 
 def _checked_shape(
-    shape: tuple[Any, ...], sharding: Sharding, place: Place, argument: str = "device_mesh"
+    shape: tuple[Any, ...], sharding: Sharding, world: World, argument: str = "device_mesh"
 ) -> tuple[int, ...]:
     """``shape`` if it has the right number of axes for the strategy and covers the world."""
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape):
@@ -168,10 +168,10 @@ def _checked_shape(
         raise InvalidArgumentError(
             f"{argument} of sizes {shape!r} shards over {shape[-1]} processes. {_advice(sharding, argument)}"
         )
-    if math.prod(shape) != place.world_size:
+    if math.prod(shape) != world.world_size:
         raise InvalidArgumentError(
-            f"{argument} of sizes {shape!r} is for {math.prod(shape)} processes, but {place.world_size} are running "
-            f"({place.num_nodes} x {place.per_node}). The sizes must multiply to the number of processes."
+            f"{argument} of sizes {shape!r} is for {math.prod(shape)} processes, but {world.world_size} are running "
+            f"({world.num_nodes} x {world.per_node}). The sizes must multiply to the number of processes."
         )
     return shape
 
@@ -190,33 +190,38 @@ def _advice(sharding: Sharding, argument: str) -> str:
     return "Pass (replicate, shard): how many copies of the model, and over how many processes each is spread."
 
 
-def _new_mesh(shape: tuple[int, ...], place: Place) -> DeviceMesh:
-    """A mesh whose groups have the strategy's time limit, which torch's own mesh factory would not give them."""
-    layout = torch.arange(place.world_size).view(shape)
+def new_mesh(shape: tuple[int, ...], world: World, axes: tuple[str, str] = (REPLICATE, SHARD)) -> DeviceMesh:
+    """A mesh over all processes, of one axis (the second of ``axes``) or two. Every rank calls it.
+
+    Its groups have the strategy's time limit, which torch's own mesh factory would not give them.
+    """
+    layout = torch.arange(world.world_size).view(shape)
     if len(shape) == 1:
-        return _mesh(dist.group.WORLD, layout, place)
-    replicate = _own_group([layout[:, column].tolist() for column in range(shape[1])], place)
-    shard = _own_group([row.tolist() for row in layout], place)
-    return _mesh([replicate, shard], layout, place)
+        return _mesh(dist.group.WORLD, layout, world, axes)
+    columns = _own_group([layout[:, column].tolist() for column in range(shape[1])], world)
+    rows = _own_group([row.tolist() for row in layout], world)
+    return _mesh([columns, rows], layout, world, axes)
 
 
-def _own_group(members: list[list[int]], place: Place) -> Any:
+def _own_group(members: list[list[int]], world: World) -> Any:
     """Make all groups, as every rank has to, and return the one that this process is in."""
     if len(members) == 1:
         return dist.group.WORLD
-    groups = [dist.new_group(ranks, timeout=place.timeout) for ranks in members]
+    groups = [dist.new_group(ranks, timeout=world.timeout) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
 
 
-def _mesh(groups: Any, layout: torch.Tensor, place: Place) -> DeviceMesh:
+def _mesh(
+    groups: Any, layout: torch.Tensor, world: World, axes: tuple[str, str] = (REPLICATE, SHARD)
+) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(groups, list):
-        return DeviceMesh.from_group(groups, place.device_type, mesh_dim_names=(SHARD,))
-    return DeviceMesh.from_group(groups, place.device_type, mesh=layout, mesh_dim_names=(REPLICATE, SHARD))
+        return DeviceMesh.from_group(groups, world.device_type, mesh_dim_names=axes[1:])
+    return DeviceMesh.from_group(groups, world.device_type, mesh=layout, mesh_dim_names=axes)
 
 
-def _from_groups(groups: Any, sharding: Sharding, place: Place) -> DeviceMesh:
+def _from_groups(groups: Any, sharding: Sharding, world: World) -> DeviceMesh:
     """A mesh of groups that exist: one, or the pair (shard, replicate)."""
     pair = isinstance(groups, tuple | list)
     given = list(groups) if pair else [groups]
@@ -226,12 +231,12 @@ def _from_groups(groups: Any, sharding: Sharding, place: Place) -> DeviceMesh:
             "and to replicate over."
         )
     shape = tuple(group.size() for group in reversed(given))
-    _checked_shape(shape, sharding, place, "process_group")
+    _checked_shape(shape, sharding, world, "process_group")
     if len(given) == 1:
-        return _mesh(given[0], torch.arange(place.world_size), place)
+        return _mesh(given[0], torch.arange(world.world_size), world)
     shard, replicate = given
     mine = (dist.get_group_rank(replicate, dist.get_rank()), dist.get_group_rank(shard, dist.get_rank()))
-    everybody: list[Any] = [None] * place.world_size
+    everybody: list[Any] = [None] * world.world_size
     dist.all_gather_object(everybody, mine)
     layout = torch.full(shape, -1)
     for rank, position in enumerate(everybody):
@@ -241,21 +246,21 @@ def _from_groups(groups: Any, sharding: Sharding, place: Place) -> DeviceMesh:
             f"process_group=(shard, replicate) does not form a grid of {shape[0]} x {shape[1]}: the ranks' places in "
             f"it are {everybody}. Each rank's two groups must have nobody but the rank itself in common."
         )
-    return _mesh([replicate, shard], layout, place)
+    return _mesh([replicate, shard], layout, world)
 
 
-def _given_mesh(mesh: Any, sharding: Sharding, place: Place) -> DeviceMesh:
+def _given_mesh(mesh: Any, sharding: Sharding, world: World) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
         raise InvalidTypeError(
             f"device_mesh={mesh!r} ({type(mesh).__name__}): expected a DeviceMesh or a tuple of sizes, such as (2, 4)."
         )
-    if mesh.device_type != place.device_type:
+    if mesh.device_type != world.device_type:
         raise InvalidArgumentError(
-            f"device_mesh is for devices of type {mesh.device_type!r}, but this process uses {place.device_type!r}."
+            f"device_mesh is for devices of type {mesh.device_type!r}, but this process uses {world.device_type!r}."
         )
-    _checked_shape(tuple(mesh.mesh.shape), sharding, place)
+    _checked_shape(tuple(mesh.mesh.shape), sharding, world)
     if mesh.ndim == 2 and mesh.mesh_dim_names is None:  # fully_shard wants the names
-        return _mesh([mesh.get_group(0), mesh.get_group(1)], mesh.mesh, place)
+        return _mesh([mesh.get_group(0), mesh.get_group(1)], mesh.mesh, world)
     return mesh

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_core.errors import UsageError
-from fabric_core.strategies.sharded.agreement import alone, communicating_device
+from fabric_core.strategies.sharded.agreement import alone, communicating_device, same_everywhere
+from fabric_core.strategies.sharded.groups import class_name
 from fabric_core.strategies.sharded.parts import local_of
 
 _MARK: Final = "_fabric_unfilled"
@@ -61,8 +62,19 @@ def marked(part: nn.Module, name: str) -> bool:
 
 
 def watch(module: nn.Module, device: torch.device) -> None:
-    """The first forward of ``module`` checks that marked tensors were written to since; no marks, no check."""
+    """The first forward of ``module`` checks that marked tensors were written to since; no marks, no check.
+
+    Raises:
+        RuntimeError: on all ranks, if a tensor has no values on some ranks and has them on others.
+    """
     places = _marked_places(module)
+    if not same_everywhere([(path, name) for path, _, name in places], device):
+        here = ", ".join(f"{path}.{name}" if path else name for path, _, name in places) or "none"
+        raise UsageError(
+            f"Not all ranks built {class_name(module)} alike: which of its parameters and buffers have no values "
+            f"after set-up differs between them (here: {here}). Build it on the meta device everywhere or nowhere, or "
+            "leave sync_module_states on, so that rank 0's values go to all."
+        )
     if not places:
         return
     for _, part, name in places:
@@ -99,7 +111,7 @@ def check_filled(module: nn.Module, device: torch.device) -> None:
             mark(part, name, False)
     if missing:
         raise UsageError(
-            f"{len(missing)} parameters or buffers of {type(module).__name__} have no values: {', '.join(missing)}. "
+            f"{len(missing)} parameters or buffers of {class_name(module)} have no values: {', '.join(missing)}. "
             "They were created on the meta device, and neither a checkpoint nor you have filled them since, and their "
             "modules have no method reset_parameters() that does. Load a checkpoint after set-up, write values into "
             "them, give the module's class such a method, or create it under fabric.init_module(empty_init=False)."
