@@ -63,6 +63,28 @@ def test_optimizer_state_is_made_as_the_optimizer_would_make_it(tmp_path, worker
     workers(2).run(every_optimizer, tmp_path)
 
 
+def without_optimizer_state(path):
+    fabric = launched()
+    model, optimizer = set_up(fabric, steps=2, kind=torch.optim.SGD)
+    fabric.save(path, {"model": model, "optimizer": optimizer})
+    expected = states(model, optimizer)
+    assert expected[1]["state"] == {}
+    for loading in (fabric, launched(strategy="ddp")):
+        other, its_optimizer = set_up(loading, seed=1, kind=torch.optim.SGD, lr=7.0)
+        loading.load(path, {"model": other, "optimizer": its_optimizer}, strict=True)
+        its_module = getattr(other.module, "module", other.module)
+        assert same(states(its_module, its_optimizer), expected)
+    return expected
+
+
+def test_an_optimizer_that_has_no_state_comes_back_without_one(tmp_path, workers):
+    expected = workers(2).run(without_optimizer_state, tmp_path / "x")[0]
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = set_up(fabric, seed=1, kind=torch.optim.SGD, lr=7.0)
+    fabric.load(tmp_path / "x", {"model": model, "optimizer": optimizer}, strict=True)
+    assert same(states(model, optimizer), expected)
+
+
 class Average:
     """A user's object that holds tensors as the model's parameters are."""
 

@@ -189,3 +189,19 @@ def test_kill_9_while_saving_loses_no_checkpoint_and_leaks_nothing(tmp_path, way
     assert os.listdir(tmp_path / "tmp") == []
     if way == "nameless":
         assert counts["leaked"] == 0
+
+
+def test_a_folder_that_was_moved_aside_does_not_come_back_when_the_file_is_gone(tmp_path):
+    aside, other = tmp_path / ".x.0123456789abcdef.previous", tmp_path / ".x.y.0123456789abcdef.previous"
+    for folder in (aside, other):
+        folder.mkdir()
+        (folder / ".metadata").touch()
+    with pytest.raises(IsADirectoryError, match="cannot replace a folder"), publish(tmp_path / "x"):
+        pass  # it is the checkpoint as long as nothing else is there
+    (tmp_path / "x").rename(aside)
+    (tmp_path / "x").touch()
+    with publish(tmp_path / "x") as file:
+        file.write(b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert not aside.exists()
+    assert other.exists()

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +86,23 @@ def test_code_is_refused_by_name_and_does_not_run(where, tmp_path):
     with pytest.raises(UnsafeCheckpointError, match=r"posix\.mkdir"):
         read_index(pickle.dumps(bad), "the file")
     assert not (tmp_path / "made").exists()
+
+
+def test_modules_that_torch_loads_on_demand_are_not_loaded():
+    code = """
+import io, sys, torch
+from fabric_core.checkpoint.sharded import index, stored
+name = next(name for name in torch._lazy_modules if f"torch.{name}" not in sys.modules)
+content = f"ctorch\\n{name}\\n.".encode()
+for load in (lambda: index.read_index(content, "x"), lambda: stored._Unpickler(io.BytesIO(content)).load()):
+    try:
+        load()
+    except Exception as error:
+        print(type(error).__name__)
+    assert f"torch.{name}" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.split() == ["UnsafeCheckpointError", "_NotPlainError"], done.stderr
 
 
 def test_code_runs_for_those_who_ask_for_it(tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fabric_core.checkpoint.sharded import TensorInfo, is_sharded, open_sharded, ranks_of, verify, write_sharded
+from fabric_core.checkpoint.sharded.folder import LocalFolder
+from fabric_core.checkpoint.sharded.read import open_folder
 from fabric_core.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError, UsageError
 
 STATE = {
@@ -64,6 +66,27 @@ def path(request, tmp_path):
     return folder
 
 
+def test_extras_of_a_replaced_checkpoint_are_gone_and_not_empty(tmp_path):
+    write_sharded(tmp_path / "ck", STATE, {"epoch": 3}, ranks_of())
+    with open_sharded(tmp_path / "ck") as checkpoint:
+        write_sharded(tmp_path / "ck", STATE, {"epoch": 4}, ranks_of())
+        with pytest.raises(CheckpointError, match="another save has replaced"):
+            _ = checkpoint.extras
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files there")
+def test_a_folder_that_cannot_be_listed_is_closed_again(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError("no connection")
+
+    write_sharded(tmp_path / "ck", STATE, {}, ranks_of())
+    monkeypatch.setattr(LocalFolder, "sizes", broken)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no connection") as error, open_folder(tmp_path / "ck"):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before, error
+
+
 def test_what_is_there_is_told_without_reading_it(path):
     assert is_sharded(path)
     with open_sharded(path) as checkpoint:
@@ -100,9 +123,7 @@ def test_other_dtypes_and_layouts_are_converted(path):
 def test_everything_that_does_not_fit_is_listed_and_nothing_is_read(path):
     right = torch.zeros(3, 4)
     with open_sharded(path) as checkpoint:
-        with pytest.raises(
-            CheckpointKeyError, match=r"no tensors 'a', 'b'; model.layer.bias has shape \(3,\) "
-        ):
+        with pytest.raises(CheckpointKeyError, match=r"no tensors 'a', 'b'; model.layer.bias has shape \(3,\) "):
             checkpoint.read({"a": right, "b": right, "model.layer.bias": right, "model.layer.weight": right})
         with pytest.raises(CheckpointError, match=r"bias has shape .*weight has shape \(3, 4\) there and \(4,\) here"):
             checkpoint.read({"model.layer.bias": right, "model.layer.weight": torch.zeros(4)})

@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFile
 
 from fabric_core.checkpoint.sharded import is_sharded, open_sharded, ranks_of, verify, write_sharded
 from fabric_core.errors import CheckpointError
@@ -67,6 +68,52 @@ def test_an_error_leaves_the_old_one_and_nothing_else(url):
         save(url, 2.0, {"bad": lambda: None})
     assert names(url) == before
     assert value(url) == 1.0
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
+def test_a_lost_answer_to_the_last_step_costs_no_files(error, arrived, url, monkeypatch):
+    save(url)
+    commit = MemoryFile.commit
+
+    def lost(file):
+        if not file.path.endswith("manifest.json") or arrived:
+            commit(file)
+        if file.path.endswith("manifest.json"):
+            raise error("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryFile, "commit", lost)
+        with pytest.raises(error, match="no answer"):
+            save(url, 2.0)
+    assert value(url) == (2.0 if arrived else 1.0)
+    save(url, 3.0)
+    assert value(url) == 3.0
+    assert verify(url) == []
+    assert len(names(url)) == 6
+
+
+def test_files_stay_where_nobody_can_tell_whether_they_are_the_checkpoint(url, monkeypatch):
+    commit, cat_file = MemoryFile.commit, type(fsspec.filesystem("memory")).cat_file
+    down = []
+
+    def lost(file):
+        commit(file)
+        if file.path.endswith("manifest.json"):
+            down.append(file)
+            raise TimeoutError("no answer")
+
+    def unreachable(self, *args, **kwargs):
+        if down:
+            raise OSError("no connection")
+        return cat_file(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryFile, "commit", lost)
+        patched.setattr(type(fsspec.filesystem("memory")), "cat_file", unreachable)
+        with pytest.raises(TimeoutError, match="no answer"):
+            save(url, 2.0)
+    assert value(url) == 2.0
 
 
 def test_a_folder_with_other_things_is_refused(url):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fabric_core.checkpoint.sharded import draft, is_sharded, open_sharded, ranks_of, verify, write_sharded
+from fabric_core.checkpoint.sharded import draft, is_sharded, open_sharded, publication, ranks_of, verify, write_sharded
 from fabric_core.errors import CheckpointError, UnsupportedError
 
 
@@ -180,7 +180,7 @@ def test_drafts_that_nobody_holds_are_removed_and_others_stay(tmp_path):
 
 
 def test_where_folders_cannot_be_exchanged_they_are_renamed_in_turn(tmp_path, monkeypatch):
-    monkeypatch.setattr(draft, "exchange", lambda first, second: False)
+    monkeypatch.setattr(publication, "exchange", lambda first, second: False)
     save(tmp_path / "ck")
     save(tmp_path / "ck", 2.0)
     assert value(tmp_path / "ck") == 2.0
@@ -198,6 +198,40 @@ def test_a_replacement_that_died_between_two_renames_leaves_the_old_one(tmp_path
     save(tmp_path / "ck", 3.0)
     assert value(tmp_path / "ck") == 3.0
     assert names(tmp_path) == ["ck"]
+
+
+def aside(folder, number, content, age):
+    """A checkpoint that was moved aside ``age`` seconds ago."""
+    path = folder / f".ck.{number:016x}.previous"
+    save(path, content)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+@pytest.mark.parametrize("newest", [1, 2])
+def test_of_several_that_were_moved_aside_the_newest_counts(newest, tmp_path):
+    for number in (1, 2):
+        aside(tmp_path, number, float(number), 0 if number == newest else 60)
+    assert value(tmp_path / "ck") == newest
+    draft.LocalDraft.begin(tmp_path / "ck").discard()
+    assert value(tmp_path / "ck") == newest
+    assert names(tmp_path) == ["ck"]
+
+
+def test_what_was_removed_in_part_is_no_checkpoint(tmp_path):
+    (aside(tmp_path, 1, 1.0, 0) / ".metadata").unlink()
+    aside(tmp_path, 2, 2.0, 60)
+    assert value(tmp_path / "ck") == 2.0
+
+
+def test_what_was_moved_aside_is_removed_before_it_can_come_back(tmp_path):
+    save(tmp_path / "ck", 3.0)
+    (aside(tmp_path, 1, 1.0, 0) / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(tmp_path / "ck", 4.0, {"bad": threading.Lock()})
+    assert names(tmp_path) == ["ck"]
+    assert value(tmp_path / "ck") == 3.0
+    assert (tmp_path / "ck" / "notes.txt").read_text() == "mine"
 
 
 def test_very_long_names_work(tmp_path):

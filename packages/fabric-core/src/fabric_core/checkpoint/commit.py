@@ -26,6 +26,7 @@ from fabric_core.checkpoint.durable import (
     to_disk,
 )
 from fabric_core.checkpoint.paths import is_remote, resolve
+from fabric_core.checkpoint.sharded.publication import recover
 
 if TYPE_CHECKING:
     from fabric_core.types import Path
@@ -44,7 +45,7 @@ def publish(path: Path, *, anonymous: bool = True) -> Iterator[BinaryIO]:
         anonymous: use a file without a name until the end, where the system offers it.
 
     Raises:
-        IsADirectoryError: ``path`` is a folder.
+        IsADirectoryError: ``path`` is a folder, or was one before its replacement was interrupted.
         PermissionError: the folder, or the file to replace, is not writable.
     """
     if is_remote(path):
@@ -54,6 +55,7 @@ def publish(path: Path, *, anonymous: bool = True) -> Iterator[BinaryIO]:
             yield file
         return
     target = os.path.realpath(resolve(path))
+    recover(target)  # a sharded checkpoint that was moved aside is one at the target, and else would come back later
     mode = _mode_of(target)
     if mode is not None:
         _refuse_protected(target, mode)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
+from fabric_core.checkpoint.folder import nested
 from fabric_core.checkpoint.sharded.read import ShardedCheckpoint, open_sharded
 from fabric_core.checkpoint.single_file import write_file
 from fabric_core.checkpoint.streams import ProgressBar, StreamedTensor, in_pieces, shown
@@ -61,41 +62,6 @@ def streamed_state(source: ShardedCheckpoint, extras: bool = True) -> dict[Any, 
     ahead = _ReadAhead(source)
     state = nested(source, lambda key: ahead.stream(key) if key in source.tensors else source.read_object(key))
     return {**state, **source.extras} if extras else state
-
-
-def nested(source: ShardedCheckpoint, value_of: Callable[[str], Any]) -> dict[Any, Any]:
-    """What is stored, by flattened keys, as the nested containers that were saved. Extras are not in it."""
-    tree: dict[Any, Any] = {}
-    for key, place in source.places.items():
-        node = tree
-        for step in place[:-1]:
-            node = node.setdefault(step, {})
-        node[place[-1]] = value_of(key)
-    tree = {key: _with_lists(value) for key, value in tree.items()}
-    for value in tree.values():
-        if isinstance(value, dict) and isinstance(value.get("param_groups"), list):
-            value["state"] = _with_numbers(value.get("state", {}), value["param_groups"])
-    return tree
-
-
-def _with_numbers(state: Any, groups: list[Any]) -> Any:
-    """The state of an optimizer by numbers where its groups have numbers. One without any state was stored as none."""
-    if not isinstance(state, dict):
-        return state
-    lists = [group["params"] for group in groups if isinstance(group, dict) and isinstance(group.get("params"), list)]
-    ids = [id_ for params in lists for id_ in params]
-    numbers = {str(id_): id_ for id_ in ids if isinstance(id_, int)}
-    return {numbers.get(key, key): value for key, value in state.items()}
-
-
-def _with_lists(node: Any) -> Any:
-    """Lists where the steps are numbers: the keys of dicts are texts in a sharded checkpoint, whatever they were."""
-    if type(node) is not dict:
-        return node
-    children = {key: _with_lists(value) for key, value in node.items()}
-    if children and all(isinstance(key, int) for key in children):
-        return [children[key] for key in sorted(children)]
-    return children
 
 
 class _ReadAhead:

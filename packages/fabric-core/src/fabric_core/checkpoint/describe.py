@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fabric_core.checkpoint.consolidate import nested
+from fabric_core.checkpoint.folder import nested
 from fabric_core.checkpoint.parts import KINDS, kind_of
 from fabric_core.checkpoint.paths import is_remote, open_filesystem, resolve
 from fabric_core.checkpoint.safetensors_io import is_safetensors, load_safetensors, open_safetensors
 from fabric_core.checkpoint.sharded.layout import EXTRAS, METADATA, is_sharded
-from fabric_core.checkpoint.sharded.read import TensorInfo, open_folder, open_sharded
+from fabric_core.checkpoint.sharded.read import TensorInfo, open_sharded
 from fabric_core.checkpoint.skeleton import StandIn, TensorOutline, read_skeleton
 from fabric_core.errors import CheckpointError
 
@@ -148,18 +148,12 @@ def _outline(tensor: Tensor | TensorInfo, memory: object) -> TensorOutline:
 
 
 def _sharded(path: Path) -> Description:
-    with open_sharded(path) as source, open_folder(path) as folder:
+    with open_sharded(path) as source:
         tree = nested(source, lambda key: _outline(source.tensors[key], key) if key in source.tensors else StandIn())
-        manifest = source.manifest
-        try:
-            content = folder.read_all(EXTRAS if manifest is None else manifest.name(EXTRAS))
-        except FileNotFoundError:
-            extras: dict[Any, Any] = {}
-            foreign = "torch.distributed.checkpoint"
-        else:
-            extras = read_skeleton(io.BytesIO(content), f"{os.fspath(path)}/{EXTRAS}")
-            foreign = "Lightning Fabric"
-        ranks = [int(match[1]) for name in folder.sizes() if (match := _DATA_FILE.fullmatch(name))]
+        manifest, content = source.manifest, source.read_extras()
+        ranks = [int(match[1]) for name in source.file_names if (match := _DATA_FILE.fullmatch(name))]
+    foreign = "torch.distributed.checkpoint" if content is None else "Lightning Fabric"
+    extras = {} if content is None else read_skeleton(io.BytesIO(content), f"{os.fspath(path)}/{EXTRAS}")
     if manifest is None:
         return _described(path, "sharded", foreign, max(ranks, default=0) + 1, {**tree, **extras})
     writer = f"Fabric {manifest.fabric} with torch {manifest.torch}"

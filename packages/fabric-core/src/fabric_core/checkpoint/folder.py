@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,17 +39,17 @@ class FolderCheckpoint(OpenCheckpoint):
         self._folder = folder
         self._keys: dict[int, str] = {}
         self._windows: list[Tensor] = []  # kept, so that no id is used twice
-        flat: dict[tuple[str | int, ...], Any] = {}
-        for key, place in folder.places.items():
-            info = folder.tensors.get(key)
-            if info is None:
-                flat[place] = Stored(key)
-                continue
-            flat[place] = window = torch.empty(info.shape, dtype=info.dtype, device="meta")
-            self._keys[id(window)] = key
-            self._windows.append(window)
-        nested = _nested(flat)
-        super().__init__({**nested, **folder.extras})
+        self._read_now = _tell_numbers(folder.places)
+        super().__init__({**nested(folder, self._stand_in), **folder.extras})
+
+    def _stand_in(self, key: str) -> Any:
+        info = self._folder.tensors.get(key)
+        if info is None:
+            return self._folder.read_object(key) if key in self._read_now else Stored(key)
+        window = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        self._keys[id(window)] = key
+        self._windows.append(window)
+        return window
 
     def is_window(self, tensor: Tensor) -> bool:
         """Whether the tensor stands for a stored one."""
@@ -106,20 +106,55 @@ def open_folder(path: Path, weights_only: bool | None) -> Iterator[FolderCheckpo
         yield FolderCheckpoint(folder)
 
 
-def _nested(flat: Mapping[tuple[str | int, ...], Any]) -> dict[str, Any]:
-    """Values by their paths as nested containers; a number in a path is a position in a list."""
-    root: dict[Any, Any] = {}
-    for path, value in flat.items():
-        node = root
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = value
-    return {key: _with_lists(value) for key, value in root.items()}
+def nested(source: ShardedCheckpoint, value_of: Callable[[str], Any]) -> dict[Any, Any]:
+    """What is stored, by flattened keys, as the nested containers that were saved. Extras are not in it.
+
+    Empty containers are not stored. The state of an optimizer that has none yet is known all the same.
+
+    Args:
+        source: only its keys are looked at.
+        value_of: what to put in for a flattened key.
+    """
+    tree: dict[Any, Any] = {}
+    for key, place in source.places.items():
+        node = tree
+        for step in place[:-1]:
+            node = node.setdefault(step, {})
+        node[place[-1]] = value_of(key)
+    tree = {key: _with_lists(value) for key, value in tree.items()}
+    for value in tree.values():
+        if isinstance(value, dict) and isinstance(value.get("param_groups"), list):
+            value["state"] = _with_numbers(value.get("state", {}), value["param_groups"])
+    return tree
 
 
 def _with_lists(node: Any) -> Any:
+    """Lists where the steps are numbers: the keys of dicts are texts in a sharded checkpoint, whatever they were."""
     if type(node) is not dict:
         return node
-    if node and all(type(key) is int for key in node):
-        return [_with_lists(node[index]) for index in sorted(node)]
-    return {key: _with_lists(value) for key, value in node.items()}
+    children = {key: _with_lists(value) for key, value in node.items()}
+    if children and all(isinstance(key, int) for key in children):
+        return [children[key] for key in sorted(children)]
+    return children
+
+
+def _with_numbers(state: Any, groups: list[Any]) -> Any:
+    """The state of an optimizer by numbers where its groups have numbers."""
+    if not isinstance(state, dict):
+        return state
+    lists = [group["params"] for group in groups if isinstance(group, dict) and isinstance(group.get("params"), list)]
+    ids = [id_ for params in lists for id_ in params]
+    numbers = {str(id_): id_ for id_ in ids if isinstance(id_, int)}
+    return {numbers.get(key, key): value for key, value in state.items()}
+
+
+def _tell_numbers(places: Mapping[str, tuple[str | int, ...]]) -> set[str]:
+    """The flattened keys of the lists that say whether the keys ``"0"`` of an optimizer's state were numbers."""
+    numbered = {
+        place[0] for place in places.values() if len(place) > 2 and place[1] == "state" and str(place[2]).isdigit()
+    }
+    return {
+        key
+        for key, place in places.items()
+        if place[0] in numbered and (place[1:2], place[3:]) == (("param_groups",), ("params",))
+    }

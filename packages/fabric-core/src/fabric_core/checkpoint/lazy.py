@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from fabric_core.checkpoint.dtensors import part_for
 from fabric_core.checkpoint.tree import SAFE_LEAVES, leaves
 from fabric_core.errors import CheckpointError
 
@@ -55,8 +56,6 @@ class OpenCheckpoint:
         A destination has the same shape, and any dtype, layout and device; of one that is spread over ranks, this
         rank's part is written. Every rank must call it where the checkpoint is read by one for all.
         """
-        from fabric_core.checkpoint.dtensors import part_for  # what it stands on stands on this file
-
         parts = [part_for(window, destination) for window, destination in pairs]
         in_parallel(lambda part: self.read_into(*part), parts, sum(part.nbytes for part, _ in parts))
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from fabric_core.checkpoint.agreement import together
 from fabric_core.checkpoint.folder import FolderCheckpoint, open_folder
 from fabric_core.checkpoint.lazy import MappedCheckpoint, OpenCheckpoint
 from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.sharded.layout import find_folder, is_sharded
-from fabric_core.errors import CheckpointError, UsageError
+from fabric_core.errors import UsageError
 from fabric_core.keywords import accepted
 
 if TYPE_CHECKING:
@@ -36,30 +37,23 @@ def opened(
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
-        CheckpointError: it is damaged; also on the other ranks if rank 0 reads for all.
+        CheckpointError: it is damaged; also on the other ranks, whatever the problem is, if rank 0 reads for all.
     """
     with ExitStack() as stack:
         if ranks is None or ranks.size == 1:
             yield stack.enter_context(_open(io, path, weights_only))
             return
-        seen = ranks.gather(_is_visible(path))
+        failed = f"{os.fspath(path)!r} was not opened"
+        seen = ranks.gather(together(ranks, lambda: _is_visible(path), failed))
         torn = seen[0] and not all(seen)
         if not torn and not spare:
             yield stack.enter_context(_open(io, path, weights_only))
             return
-        source, problem = None, None
-        if ranks.rank == 0:
-            try:
-                source = stack.enter_context(_open(io, path, weights_only))
-            except Exception as error:
-                problem = error
-        lazy = isinstance(source, MappedCheckpoint | FolderCheckpoint)
-        failure, each = ranks.broadcast((problem and f"{type(problem).__name__}: {problem}", lazy and not torn))
-        if problem is not None:
-            raise problem
-        if failure is not None:
-            raise CheckpointError(f"Rank 0 cannot open {os.fspath(path)!r}: {failure}")
-        if each:
+        is_first = ranks.rank == 0
+        source = together(
+            ranks, lambda: stack.enter_context(_open(io, path, weights_only)) if is_first else None, failed
+        )
+        if ranks.broadcast(isinstance(source, MappedCheckpoint | FolderCheckpoint) and not torn):
             yield source if source is not None else stack.enter_context(_open(io, path, weights_only))
             return
         from fabric_core.checkpoint.relay import RelayedCheckpoint

@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
+from fabric_core.checkpoint.agreement import together
 from fabric_core.checkpoint.dtensors import part_for
-from fabric_core.checkpoint.exchange import broadcast
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor
+from fabric_core.checkpoint.transport import Carrier
 from fabric_core.checkpoint.tree import leaves, replaced
-from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fabric_core.checkpoint.sharded.ranks import Ranks
+
+_FAILED: Final = "The checkpoint, which rank 0 reads for all ranks, was not loaded"
 
 
 class RelayedCheckpoint(OpenCheckpoint):
     """What rank 0 has opened, on every rank. No rank holds more than the tensor that is on its way.
 
-    Every rank makes one, and calls ``read`` and ``own`` equally often.
+    Every rank makes one, and calls ``read`` and ``own`` equally often. What fails on one rank, fails on all.
 
     Args:
         source: the opened checkpoint on rank 0, ``None`` on the others.
-        ranks: all ranks of the default process group.
+        ranks: all ranks of the default process group, over which the tensors travel.
+
+    Raises:
+        CheckpointError: rank 0 cannot read what is no tensor; on rank 0 itself, the error that says why.
     """
 
     def __init__(self, source: OpenCheckpoint | None, ranks: Ranks) -> None:
         self._source, self._ranks = source, ranks
         self._originals: list[Tensor] = []
-        outline: Any = None
-        if source is not None:
-            content = source.values(source.content)
-            self._originals = _tensors(content)
-            outline = _without_memory(content), list(source.rest(())), source.is_folder
-        content, self._returned, self.is_folder = ranks.broadcast(outline)
+        # As bytes: an object that cannot be sent is a failure before anybody waits for it.
+        outline = ranks.broadcast(together(ranks, self._outline, _FAILED))
+        content, self._returned, self.is_folder = pickle.loads(outline)
         super().__init__(content)
         self._windows = _tensors(content)  # in the same order everywhere
         self._numbers = {id(window): number for number, window in enumerate(self._windows)}
+
+    def _outline(self) -> bytes:
+        if self._source is None:
+            return b""
+        content = self._source.values(self._source.content)
+        self._originals = _tensors(content)
+        return pickle.dumps((_without_memory(content), list(self._source.rest(())), self._source.is_folder))
 
     def is_window(self, tensor: Tensor) -> bool:
         """Whether the tensor's values are still with rank 0."""
@@ -53,37 +63,48 @@ class RelayedCheckpoint(OpenCheckpoint):
     def read(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Bring to each rank its part of each of its destinations. Every rank calls it, with whatever it wants.
 
-        ``CheckpointError`` on all ranks if rank 0 cannot read on.
+        ``CheckpointError`` on all ranks if one cannot go on; there, the error that says why.
         """
         wanted: dict[int, list[Tensor]] = {}
+        others: list[tuple[Tensor, Tensor]] = []
         for window, destination in pairs:
             if self.is_window(window):
                 wanted.setdefault(self._numbers[id(window)], []).append(destination)
             else:  # no plain tensor: it came with the structure
-                super().read([(window, destination)])
+                others.append((window, destination))
+        numbers = sorted(set().union(*self._ranks.gather(list(wanted))))
+
+        def begun() -> Carrier:
+            super(RelayedCheckpoint, self).read(others)
+            return Carrier(max((self._windows[number].nbytes for number in numbers), default=0))
+
+        carrier = together(self._ranks, begun, _FAILED)
         problem: Exception | None = None
-        for number in sorted(set().union(*self._ranks.gather(list(wanted)))):
+        for number in numbers:
             window = self._windows[number]
-            whole = torch.empty(window.shape, dtype=window.dtype, device="cpu")
-            if self._source is not None and problem is None:
-                try:
+            whole = carrier.place(window.shape, window.dtype)
+            try:
+                if self._source is not None and problem is None:
                     self._source.read([(self._originals[number], whole)])
-                except Exception as error:  # the others wait for a tensor, so they get one, and the error at the end
-                    problem = error
-            broadcast(whole)
-            for destination in wanted.get(number, ()):
-                part, memory = part_for(whole, destination)
-                memory.copy_(part)
-        text = self._ranks.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
-        if problem is not None:
-            raise problem
-        if text is not None:
-            raise CheckpointError(f"Rank 0, which reads the checkpoint for all ranks, failed: {text}")
+            except Exception as error:  # the others wait for a tensor, so they get one, and the error at the end
+                problem = error
+            carrier.broadcast(whole)
+            try:
+                for destination in wanted.get(number, ()) if problem is None else ():
+                    part, memory = part_for(whole, destination)
+                    memory.copy_(part)
+            except Exception as error:
+                problem = error
+        together(self._ranks, lambda: _raise(problem), _FAILED)
 
     def own(self, tree: Any) -> Any:
         """A copy of ``tree`` with its tensors in host memory. Every rank calls it with the same tree."""
         windows = {id(leaf): leaf for _, leaf in leaves(tree, "") if id(leaf) in self._numbers}
-        made = {id_: torch.empty(window.shape, dtype=window.dtype) for id_, window in windows.items()}
+
+        def allocated() -> dict[int, Tensor]:
+            return {id_: torch.empty(window.shape, dtype=window.dtype) for id_, window in windows.items()}
+
+        made = together(self._ranks, allocated, _FAILED)
         self.read([(windows[id_], tensor) for id_, tensor in made.items()])
 
         def owned(leaf: Any) -> Any:
@@ -98,6 +119,11 @@ class RelayedCheckpoint(OpenCheckpoint):
         """As where rank 0 reads it from."""
         asked = set(asked)
         return {key: self.content[key] for key in self._returned if key not in asked}
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _tensors(tree: Any) -> list[Tensor]:

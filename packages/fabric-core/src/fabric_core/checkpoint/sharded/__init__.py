@@ -8,10 +8,10 @@
     with open_sharded(path) as checkpoint:
         checkpoint.read({"model.layer.weight": weight})
 
-Files in the order in which a save passes through them: ``ranks`` (who takes part), ``draft`` and ``remote_draft`` (the
-folder being written, and its publication), ``planning`` (who writes what), ``archive``, ``summed``,
-``manifest``, ``write``; and a
-load: ``layout``, ``folder``, ``index``, ``boxes``, ``stored``, ``read``.
+Files in the order in which a save passes through them: ``write`` (the whole), ``ranks`` (who takes part), ``draft`` and
+``remote_draft`` (the folder being written), ``planning`` (who writes what), ``archive`` and ``summed`` (the files),
+``manifest`` (their sizes and hashes), ``publication`` and ``exchange`` (how the draft becomes the checkpoint). And a
+load: ``read`` (the whole), ``layout`` (what is where), ``folder``, ``index``, ``boxes`` and ``stored``.
 
 Importing this package imports nothing else; a name is loaded when it is first used.
 """

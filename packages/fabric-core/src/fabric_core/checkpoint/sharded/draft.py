@@ -2,43 +2,34 @@
 
 The draft is a folder beside the target, ``.NAME.UNIQUE.partial``. Its ``manifest.json`` exists from the start, empty,
 and every process that writes holds a lock on it, which ends with the process: so the next save of the same target can
-tell a draft that nobody works on, and removes it. Publication is one step: a rename where nothing was, an exchange of
-the two folders where something was. What was there then has the draft's name, and is removed.
-
-Where folders cannot be exchanged, the old one is renamed to ``.NAME.UNIQUE.previous`` first. Between that rename and
-the next one, readers find nothing at the target and take the folder of that name; so does the next save.
+tell a draft that nobody works on, and removes it. ``publication`` says how the draft becomes the checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast
 
-from fabric_core.checkpoint.durable import DRAFT_SUFFIX, folder_to_disk, lock, lock_at_once, new_name, to_disk
+from fabric_core.checkpoint.durable import folder_to_disk, lock, new_name, to_disk
 from fabric_core.checkpoint.paths import is_http, is_remote, resolve
-from fabric_core.checkpoint.sharded.exchange import exchange
-from fabric_core.checkpoint.sharded.layout import (
-    MANIFEST,
-    PREVIOUS_SUFFIX,
-    holds_checkpoint,
-    is_part,
-    moved_aside,
-    siblings,
-)
+from fabric_core.checkpoint.sharded.layout import EXTRAS, MANIFEST, holds_checkpoint, is_part
+from fabric_core.checkpoint.sharded.publication import finish, put_in_place, recover, remove, remove_abandoned
 from fabric_core.checkpoint.sharded.summed import SummedFile
 from fabric_core.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fabric_core.checkpoint.sharded.manifest import Manifest
     from fabric_core.types import Path
 
 _PATIENCE: Final = 5.0  # seconds; for how long a network file system may hide a folder that another machine has made
+_SHOWN: Final = 5  # names in a message
 
 
 class Draft(Protocol):
@@ -95,6 +86,29 @@ def join_draft(address: tuple[str, str]) -> Draft:
     return LocalDraft.join(where)
 
 
+def replace_by_file(path: Path, write: Callable[[str], None]) -> None:
+    """Put a single file in the place of the local sharded checkpoint ``path``, which stays until the file is there.
+
+    Args:
+        path: the folder of the checkpoint. One process calls this.
+        write: writes the file to the path that it is called with, and returns when its bytes are on disk.
+
+    Raises:
+        IsADirectoryError: the folder also holds other things, which the message names. Nothing was written.
+        OSError: as the system says.
+    """
+    _refuse_others(os.path.realpath(resolve(path)))
+    draft = LocalDraft.begin(path)
+    try:
+        write(draft.place_for_file())
+        draft.publish_file()
+    except BaseException:
+        draft.discard()
+        raise
+    finally:
+        draft.close()
+
+
 class LocalDraft:
     """A draft on the local file system, or one that is mounted on every machine that takes part."""
 
@@ -111,8 +125,8 @@ class LocalDraft:
         target = os.path.realpath(resolve(path))
         _refuse(target)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        _recover(target)
-        _remove_abandoned(target)
+        recover(target)
+        remove_abandoned(target)
         while True:
             folder = new_name(target)
             os.mkdir(folder)
@@ -151,18 +165,34 @@ class LocalDraft:
         folder_to_disk(self._folder)
         if sys.platform == "win32":
             self._held.close()  # a folder with open files cannot be renamed there
-        old = _put_in_place(self._folder, self._target)
+        self._become(self._folder)
+
+    def place_for_file(self) -> str:
+        """Where to write the single file that ``publish_file`` makes the checkpoint. Nobody else calls the draft then.
+
+        It has the target's name, in a folder that goes with the draft, whatever else the writer puts there.
+        """
+        folder = os.path.join(self._folder, EXTRAS)  # a name that ``remove`` knows
+        os.makedirs(folder, exist_ok=True)
+        return os.path.join(folder, os.path.basename(self._target))
+
+    def publish_file(self) -> None:
+        """Make the single file the checkpoint, in the place of a folder that holds nothing else than one."""
+        _refuse_others(self._target)  # again: somebody may have put a file there meanwhile
+        self._become(self.place_for_file())
+        self._held.close()
+        remove(self._folder, self._target)
+
+    def _become(self, finished: str) -> None:
+        old = put_in_place(finished, self._target)
         self._published = True
-        folder_to_disk(os.path.dirname(self._target))
-        for left in (old, *moved_aside(self._target)):
-            if left is not None:
-                _remove(left, self._target)
+        finish(self._target, old)
 
     def discard(self) -> None:
         """Remove the draft, unless it was published."""
         if not self._published:
             self._held.close()
-            _remove(self._folder, self._target)
+            remove(self._folder, self._target)
 
     def close(self) -> None:
         """Let go of the draft."""
@@ -187,57 +217,17 @@ def _refuse(target: str) -> None:
         raise PermissionError(errno.EACCES, "The checkpoint to replace is write-protected", target)
 
 
-def _recover(target: str) -> None:
-    """Put a checkpoint back that an interrupted replacement has moved aside."""
-    aside = moved_aside(target)
-    if aside and not os.path.lexists(target):
-        os.rename(aside[0], target)
-
-
-def _put_in_place(draft: str, target: str) -> str | None:
-    """Rename the draft to the target; where what was there is now, if something was."""
-    if not os.path.lexists(target):
-        os.rename(draft, target)
-        return None
-    if exchange(draft, target):
-        return draft
-    aside = new_name(target, PREVIOUS_SUFFIX)
-    os.rename(target, aside)
-    try:
-        os.rename(draft, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    return aside
-
-
-def _remove_abandoned(target: str) -> None:
-    """Remove drafts of the same target that nobody works on."""
-    for path in siblings(target, DRAFT_SUFFIX):
-        with suppress(OSError):  # alive, or already gone, or not ours
-            _remove_if_unlocked(path, target)
-
-
-def _remove_if_unlocked(path: str, target: str) -> None:
-    held = os.path.join(path, MANIFEST) if os.path.isdir(path) else path
-    try:
-        file = open(held, "r+b")  # noqa: SIM115 - closed below
-    except FileNotFoundError:
-        try:
-            os.rmdir(path)  # works for a draft whose writer has not come to its lock yet, which then starts again
-            return
-        except OSError:
-            if os.path.exists(held):
-                return
-        _remove(path, target)
-        return
-    with file:
-        lock_at_once(file.fileno())
-        if sys.platform == "win32":
-            file.close()
-            os.rename(path, path + "-")  # fails while another process has a file of it open
-            path += "-"
-        _remove(path, target)
+def _refuse_others(target: str) -> None:
+    """``IsADirectoryError`` if the folder holds what is no part of a checkpoint: a file can take none of it over."""
+    others = sorted(name for name in os.listdir(target) if not is_part(name))
+    if others:
+        shown = ", ".join(map(repr, others[:_SHOWN])) + (f" and {len(others) - _SHOWN} more" if others[_SHOWN:] else "")
+        raise IsADirectoryError(
+            errno.EISDIR,
+            f"The folder of the sharded checkpoint also holds {shown}, and one file would replace all of it. Choose "
+            "another name, or move them",
+            target,
+        )
 
 
 def _hold(path: str, mode: str) -> BinaryIO:
@@ -247,22 +237,6 @@ def _hold(path: str, mode: str) -> BinaryIO:
         return file
     file.close()
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-
-def _remove(path: str, target: str) -> None:
-    """Remove a file or folder as far as possible; what stays is removed by the next save.
-
-    Files that somebody has put beside those of a checkpoint are no part of it: they move to the folder at ``target``.
-    """
-    if not os.path.isdir(path) or os.path.islink(path):
-        with suppress(OSError):
-            os.unlink(path)
-        return
-    with suppress(OSError):
-        for name in os.listdir(path):
-            if not is_part(name) and not os.path.lexists(os.path.join(target, name)):
-                os.rename(os.path.join(path, name), os.path.join(target, name))
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def _folder_mode(target: str, otherwise: str) -> int:

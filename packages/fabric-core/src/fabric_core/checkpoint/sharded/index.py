@@ -144,7 +144,8 @@ class _Unpickler(pickle.Unpickler):
             return torch.Size
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | torch.layout):
+        # Not getattr, which makes torch import modules whose name is asked for.
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype | torch.layout):
             return found
         if self._safe:
             raise UnsafeCheckpointError(

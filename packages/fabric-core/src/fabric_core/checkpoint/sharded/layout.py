@@ -10,7 +10,7 @@
         manifest.json   sizes and hashes of the files above
 
 Lightning writes the first four, plain DCP the first three; both count. In a store, the files' names also carry the
-name of the save that wrote them, because a store cannot rename a folder (see ``remote``).
+name of the save that wrote them, because a store cannot rename a folder (see ``remote_draft``).
 """
 
 from __future__ import annotations
@@ -69,17 +69,25 @@ def find_folder(path: Path) -> str | None:
     """The local folder that holds the checkpoint ``path``: itself, or where an interrupted replacement left it.
 
     Where folders cannot be exchanged in one step, a replacement moves the old one aside, then the new one into place.
-    If it died in between, nothing is at ``path``, and the old one counts. ``None`` if there is no folder.
+    If it died in between, nothing is at ``path``, and the old one counts; of several, the newest. ``None`` if there is
+    no folder.
     """
     target = os.path.realpath(resolve(path))
     if os.path.lexists(target):
         return target if os.path.isdir(target) else None
-    return next(iter(moved_aside(target)), None)
+    return next(filter(holds_checkpoint, moved_aside(target)), None)
 
 
 def moved_aside(target: str) -> list[str]:
-    """Checkpoints that once were at ``target`` and wait for a successor; oldest name first."""
-    return siblings(target, PREVIOUS_SUFFIX)
+    """What once was at ``target`` and was moved aside for a successor; the one that was changed last comes first."""
+    return sorted(siblings(target, PREVIOUS_SUFFIX), key=_changed, reverse=True)
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_mtime_ns
+    except OSError:  # removed meanwhile
+        return 0
 
 
 def siblings(target: str, suffix: str) -> list[str]:

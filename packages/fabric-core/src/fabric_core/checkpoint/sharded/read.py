@@ -20,7 +20,7 @@ from fabric_core.checkpoint.paths import is_remote
 from fabric_core.checkpoint.sharded.boxes import Box, local_part, overlap, part_of, relative, volume
 from fabric_core.checkpoint.sharded.folder import Folder, LocalFolder, RemoteFolder
 from fabric_core.checkpoint.sharded.index import Index, Place, TensorInfo, read_index
-from fabric_core.checkpoint.sharded.layout import EXTRAS, METADATA, find_folder
+from fabric_core.checkpoint.sharded.layout import EXTRAS, MANIFEST, METADATA, find_folder
 from fabric_core.checkpoint.sharded.manifest import Manifest, check_sizes, manifest_of
 from fabric_core.checkpoint.sharded.stored import read_box
 from fabric_core.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError, UsageError
@@ -73,16 +73,14 @@ def open_folder(path: Path) -> Iterator[Folder]:
     """The files of the sharded checkpoint at ``path``. ``FileNotFoundError`` if none is there."""
     folder: Folder
     if is_remote(path):
-        folder = RemoteFolder(path)
-        found = {METADATA, "manifest.json"} & folder.sizes().keys()
+        folder, wanted = RemoteFolder(path), {METADATA, MANIFEST}
     else:
         local = find_folder(path)
         if local is None:
             raise FileNotFoundError(f"There is no sharded checkpoint at {os.fspath(path)!r} (from {os.getcwd()!r}).")
-        folder = LocalFolder(local)
-        found = {METADATA} & folder.sizes().keys()
+        folder, wanted = LocalFolder(local), {METADATA}
     try:
-        if not found:
+        if not wanted & folder.sizes().keys():
             raise FileNotFoundError(f"{os.fspath(path)!r} holds no sharded checkpoint: it has no {METADATA!r}.")
         yield folder
     finally:
@@ -123,13 +121,30 @@ class ShardedCheckpoint:
 
         ``UnsafeCheckpointError`` if it holds more than plain values and tensors, unless ``weights_only=False``.
         """
+        content = self.read_extras()
+        if content is None:
+            return {}
+        extras: dict[str, Any] = self._load(content, f"{os.fspath(self.path)}/{EXTRAS}")
+        return extras
+
+    def read_extras(self) -> bytes | None:
+        """The file that ``extras`` are in, as it is; ``None`` if the checkpoint has none."""
         name = EXTRAS if self.manifest is None else self.manifest.name(EXTRAS)
         try:
-            content = self._folder.read_all(name)
-        except FileNotFoundError:
-            return {}
-        extras: dict[str, Any] = self._load(content, f"{os.fspath(self.path)}/{name}")
-        return extras
+            return self._folder.read_all(name)
+        except FileNotFoundError as error:
+            if self.manifest is None or name not in self.manifest.files:
+                return None
+            raise CheckpointError(
+                f"{os.path.join(self._folder.name, name)!r} is gone: another save has replaced the checkpoint while it "
+                "was read, or the file was removed. Load again."
+            ) from error
+
+    @property
+    def file_names(self) -> list[str]:
+        """The names of the files that tensors and python values are stored in."""
+        chunks = (chunk.place.file for chunks in self._index.chunks.values() for chunk in chunks)
+        return sorted({*chunks, *(place.file for place in self._index.objects.values())})
 
     def read_object(self, key: str) -> Any:
         """The stored python value of a flattened key.

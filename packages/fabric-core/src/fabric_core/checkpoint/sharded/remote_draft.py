@@ -17,7 +17,7 @@ from typing import Any, Final
 from fabric_core.checkpoint.remote import publish_remote
 from fabric_core.checkpoint.sharded.folder import RemoteFolder
 from fabric_core.checkpoint.sharded.layout import EXTRAS, MANIFEST, METADATA, is_part
-from fabric_core.checkpoint.sharded.manifest import Manifest, check_sizes, with_generation
+from fabric_core.checkpoint.sharded.manifest import Manifest, check_sizes, manifest_of, with_generation
 from fabric_core.checkpoint.sharded.summed import SummedFile
 from fabric_core.errors import CheckpointError
 from fabric_core.rank_zero import rank_zero_warn
@@ -87,9 +87,16 @@ class RemoteDraft:
             self._tidy_up(manifest)
 
     def discard(self) -> None:
-        """Delete the draft's objects, unless it was published."""
-        if not self._published:
-            with suppress(Exception):  # the error that led here says more; the next save deletes them
+        """Delete the draft's objects, unless it was published.
+
+        An error while the manifest was written does not tell whether it is there: the store's answer may be lost. So
+        it is read, and if that fails, all files stay for the next save to delete.
+        """
+        if self._published:
+            return
+        with suppress(Exception):  # the error that led here says more
+            manifest = manifest_of(self._folder)
+            if manifest is None or manifest.generation != self.generation:
                 self._delete(name for name in self._folder.sizes() if f".{self.generation}" in name)
 
     def close(self) -> None:

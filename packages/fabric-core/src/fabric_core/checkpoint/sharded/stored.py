@@ -150,7 +150,8 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return name
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+        # Not getattr, which makes torch import modules whose name is asked for.
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
             return found
         raise _NotPlainError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fabric_core.checkpoint.agreement import together
-from fabric_core.checkpoint.durable import new_name
 from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.portable import clean_name, portable_optimizer_state
 from fabric_core.checkpoint.restore import Access
 from fabric_core.checkpoint.sharded.boxes import is_dtensor
-from fabric_core.checkpoint.sharded.exchange import exchange
-from fabric_core.checkpoint.sharded.layout import PREVIOUS_SUFFIX, is_sharded
+from fabric_core.checkpoint.sharded.draft import replace_by_file
+from fabric_core.checkpoint.sharded.layout import is_sharded
+from fabric_core.checkpoint.sharded.publication import recover
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.state import collect_state
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
@@ -191,7 +190,7 @@ def gathered(tree: Any, ranks: Ranks, copy: Callable[[Any], Any] | None = None) 
         ranks: all ranks.
         copy: applied to all but the gathered tensors, which nobody else refers to.
     """
-    from fabric_core.checkpoint.exchange import Gatherer
+    from fabric_core.checkpoint.transport import Gatherer
 
     gatherer = Gatherer((leaf for _, leaf in leaves(tree, "")), ranks)
     whole: list[Tensor | None] = []
@@ -218,30 +217,13 @@ def _as_async(io: CheckpointIO) -> AsyncCheckpointIO | None:
 
 def _write_full(io: CheckpointIO, path: Path, content: Mapping[str, Any], storage_options: Any) -> None:
     """Write one file, also in the place of a sharded checkpoint, which stays until the file is there."""
-    content = dict(content)
-    if is_remote(path) or not os.path.isdir(resolve(path)) or not is_sharded(path):
-        write_checkpoint(io, path, content, storage_options)
-        return
-    target = os.path.realpath(resolve(path))
-    draft = new_name(target)
-    try:
-        write_checkpoint(io, draft, content, storage_options)
-        old = _put_in_place(draft, target)
-    except BaseException:
-        io.remove_checkpoint(draft)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
+    def write(to: Path) -> None:
+        write_checkpoint(io, to, dict(content), storage_options)
 
-def _put_in_place(draft: str, target: str) -> str:
-    """Rename the draft to the target; where what was there is now."""
-    if exchange(draft, target):
-        return draft
-    aside = new_name(target, PREVIOUS_SUFFIX)  # where loading looks while nothing is at the target
-    os.rename(target, aside)
-    try:
-        os.rename(draft, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    return aside
+    if not is_remote(path):
+        recover(os.path.realpath(resolve(path)))
+        if is_sharded(path):
+            replace_by_file(path, write)
+            return
+    write(path)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from fabric_core.checkpoint.dtensors import local_of
 from fabric_core.errors import InvalidArgumentError
-from fabric_core.strategies.sharded.parts import local_of
 
 _WITHOUT_FLOAT64: Final = frozenset({"mps", "xpu"})
 Axes = tuple[tuple[Any, str], ...]

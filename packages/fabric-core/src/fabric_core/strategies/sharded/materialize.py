@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_core.checkpoint.dtensors import local_of
 from fabric_core.module_init import children_first, own_tensors, reset_method
 from fabric_core.strategies.sharded.agreement import broadcast_tensors
 from fabric_core.strategies.sharded.groups import (
@@ -18,7 +19,6 @@ from fabric_core.strategies.sharded.groups import (
     sharded_parameters,
     take_over_memory,
 )
-from fabric_core.strategies.sharded.parts import local_of
 from fabric_core.strategies.sharded.places import place_of
 from fabric_core.strategies.sharded.unfilled import fill, mark, marked, untouched
 from fabric_core.strategies.sharded.whole import whole_tensors

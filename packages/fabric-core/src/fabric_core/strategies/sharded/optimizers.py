@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from fabric_core.checkpoint.dtensors import part_for
 from fabric_core.errors import UsageError
 from fabric_core.strategies.sharded.groups import fsdp_modules
-from fabric_core.strategies.sharded.parts import part_of
 from fabric_core.strategies.sharded.places import Place, place_of
 
 
@@ -93,7 +93,8 @@ def _state_for(parameter: Any, state: Any) -> Any:
 def _split_like(parameter: DTensor, value: Any) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.shape != parameter.shape or not value.dim():
         return value
-    part = part_of(value, parameter.device_mesh, parameter.placements).to(parameter.to_local().device).clone()
+    part, memory = part_for(value, parameter)
+    part = part.to(memory.device, copy=True)
     return DTensor.from_local(
         part,
         parameter.device_mesh,

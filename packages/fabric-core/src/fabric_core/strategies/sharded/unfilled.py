@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fabric_core.checkpoint.dtensors import local_of
 from fabric_core.errors import UsageError
 from fabric_core.strategies.sharded.agreement import alone, communicating_device, same_everywhere
 from fabric_core.strategies.sharded.groups import class_name
-from fabric_core.strategies.sharded.parts import local_of
 
 _MARK: Final = "_fabric_unfilled"
 """Attribute of a module: its own tensors without values, by name."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from fabric_core.checkpoint.dtensors import local_of, part_for
 from fabric_core.module_init import own_tensors
-from fabric_core.strategies.sharded.parts import local_of, part_of
 from fabric_core.strategies.sharded.unfilled import fill
 
 _DRAWING: Final = frozenset(
@@ -69,4 +69,5 @@ class _DrawWhole(TorchFunctionMode):
 
 def _keep_part(whole: Tensor, tensor: DTensor) -> None:
     with torch.no_grad():
-        local_of(tensor).copy_(part_of(whole.detach(), tensor.device_mesh, tensor.placements))
+        part, memory = part_for(whole.detach(), tensor)
+        memory.copy_(part)

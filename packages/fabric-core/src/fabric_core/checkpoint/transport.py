@@ -1,4 +1,7 @@
-"""Moving tensors between ranks for checkpoints: parts to rank 0, wholes from rank 0. One tensor at a time."""
+"""Moving tensors between ranks for checkpoints: parts to rank 0, wholes from rank 0. One tensor at a time.
+
+They travel over the default process group, that of the training, which has a backend for the parameters' device.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fabric_core.accelerator_of_torch import accelerator_of_torch
-from fabric_core.checkpoint.sharded.boxes import is_dtensor, local_part, part_of, volume
+from fabric_core.checkpoint.dtensors import local_of
+from fabric_core.checkpoint.sharded.boxes import box_of, is_dtensor, part_of, volume
 from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,13 +22,34 @@ if TYPE_CHECKING:
     from fabric_core.checkpoint.sharded.stored import Box
 
 
-def broadcast(tensor: Tensor) -> None:
-    """Rank 0's values in everybody's ``tensor``, which is contiguous and in host memory. Every rank calls it."""
-    device = _carried(tensor.device)
-    buffer = tensor if device == tensor.device else tensor.to(device)
-    dist.broadcast(_bytes(buffer), 0)
-    if buffer is not tensor:
-        tensor.copy_(buffer)
+class Carrier:
+    """Brings tensors from rank 0 to all, one after the other, through memory that is allocated once.
+
+    Every rank makes one, and calls ``broadcast`` for the same tensors. Nothing is sent before, so that a rank without
+    enough memory can say so.
+
+    Args:
+        size: of the largest tensor, in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self._carried = self._memory.to(_carried(self._memory.device))
+
+    def place(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor in host memory, with undefined values. The next one takes its place."""
+        return self._memory[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values in everybody's ``tensor``, which is the latest ``place``."""
+        mine, carried = self._memory[: tensor.nbytes], self._carried[: tensor.nbytes]
+        if carried.device == mine.device:
+            dist.broadcast(mine, 0)
+            return
+        if dist.get_rank() == 0:
+            carried.copy_(mine)
+        dist.broadcast(carried, 0)
+        mine.copy_(carried)
 
 
 def send(tensor: Tensor, rank: int) -> None:
@@ -63,14 +88,14 @@ class Gatherer:
 
     Args:
         tensors: all that will be gathered; those that are not spread are left out.
-        ranks: all ranks of the default process group.
+        ranks: all ranks of the default process group. They exchange what they hold; tensors take no other group.
     """
 
     def __init__(self, tensors: Iterable[Any], ranks: Ranks) -> None:
         spread = [tensor for tensor in tensors if is_dtensor(tensor)]
         self._rank = ranks.rank
         # One exchange for all: which rank holds what cannot be told by one rank for every kind of placement.
-        held = ranks.gather([local_part(tensor)[1] for tensor in spread])
+        held = ranks.gather([box_of(tensor) for tensor in spread])
         if len({len(boxes) for boxes in held}) > 1:
             raise CheckpointError(
                 f"The ranks hold different numbers of sharded tensors: {[len(boxes) for boxes in held]}. Every rank "
@@ -81,7 +106,7 @@ class Gatherer:
 
     def gather(self, tensor: Tensor) -> Tensor | None:
         """The whole tensor in host memory on rank 0, ``None`` elsewhere."""
-        local = local_part(tensor)[0]
+        local = local_of(tensor)
         sources = self._sources[id(tensor)]
         if self._rank != 0:
             if self._rank in sources:
