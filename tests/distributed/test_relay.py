@@ -45,9 +45,11 @@ def unsafe_folder_of_rank_zero(folder):
 def test_a_value_that_only_rank_zero_can_refuse_is_refused_by_all(tmp_path, workers):
     first, second = workers(2).run(unsafe_folder_of_rank_zero, tmp_path, timeout=PATIENCE)
     for here, there in zip(first, second, strict=True):
-        assert here.startswith("UnsafeCheckpointError") and "argparse.Namespace" in here
+        assert here.startswith("UnsafeCheckpointError")
+        assert "argparse.Namespace" in here
         assert there.startswith("CheckpointError: The checkpoint, which rank 0 reads for all ranks, was not loaded")
-        assert "because rank 0 cannot: UnsafeCheckpointError" in there and "argparse.Namespace" in there
+        assert "because rank 0 cannot: UnsafeCheckpointError" in there
+        assert "argparse.Namespace" in there
 
 
 class OfFunctions(CheckpointIO):
@@ -70,7 +72,8 @@ def content_that_cannot_be_sent(path):
 
 def test_content_that_cannot_be_sent_fails_on_all_ranks(tmp_path, workers):
     (here, one), (there, other) = workers(2).run(content_that_cannot_be_sent, tmp_path / "x", timeout=PATIENCE)
-    assert "pickle" in here.lower() and f"because rank 0 cannot: {here}" in there
+    assert "pickle" in here.lower()
+    assert f"because rank 0 cannot: {here}" in there
     assert one == other == "in step"
 
 
@@ -106,7 +109,8 @@ def one_rank_fails():
 def test_a_rank_that_cannot_take_or_give_a_tensor_stops_all(workers):
     first, second = workers(2).run(one_rank_fails, timeout=PATIENCE)
     for here, there in [(second[0], first[0]), (second[1], first[1])]:
-        assert here.startswith("RuntimeError") and f"because rank 1 cannot: {here}" in there
+        assert here.startswith("RuntimeError")
+        assert f"because rank 1 cannot: {here}" in there
     assert first[2] == "OSError: the disk is gone"
     assert "because rank 0 cannot: OSError: the disk is gone" in second[2]
 
@@ -125,5 +129,6 @@ def looking(path):
 def test_a_rank_that_cannot_look_for_the_checkpoint_stops_all(tmp_path, workers):
     torch.save({"a": 1}, tmp_path / "x")
     (there, one), (here, other) = workers(2).run(looking, str(tmp_path / "x"), timeout=PATIENCE)
-    assert here.startswith("ValueError") and f"was not opened, because rank 1 cannot: {here}" in there
+    assert here.startswith("ValueError")
+    assert f"was not opened, because rank 1 cannot: {here}" in there
     assert one == other == "in step"
