@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distributed.sharded_network import launched, message, same, set_up, states
+from distributed.sharded_network import launched, message, same, set_up, states, whole
 from distributed.small_model import needs_fsdp
 from fabric_core import Fabric
 from fabric_core.abc.checkpoint import CheckpointIO
@@ -142,3 +142,29 @@ def through_an_io(path):
 def test_full_checkpoints_go_through_any_checkpoint_io_and_sharded_ones_say_that_they_do_not(tmp_path, workers):
     for text in workers(2).run(through_an_io, tmp_path / "x"):
         assert "UnsupportedError: Simple writes the checkpoint of one process" in text
+
+
+def averages(folder):
+    fabric = launched()
+    model, optimizer = set_up(fabric, steps=1)
+    shadow = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = whole(shadow)
+    values = {"ema": {"weights": shadow, "decay": 0.9}, "one": shadow["0.weight"], "step": 3}
+    rest = {"ema": {"weights": expected, "decay": 0.9}, "one": expected["0.weight"], "step": 3}
+    fabric.save(folder / "x", {"model": model, "optimizer": optimizer, **values})
+    found = [fabric.load(folder / "x", {"model": model})]
+    found.append(fabric.load(folder / "x", {"optimizer": optimizer, "model": model, "one": None}))
+    background = launched(checkpoint_io="async")
+    background.save(folder / "y", {"model": model, "optimizer": optimizer, **values})
+    found.append(background.load(folder / "y", {"model": model}))
+    fabric.save(folder / "only", {"ema": shadow})
+    for name in ("x", "only"):
+        fabric.load_raw(folder / name, model)
+    left = {key: value for key, value in rest.items() if key != "one"}
+    assert [same(one, other) for one, other in zip(found, (rest, left, rest), strict=True)] == [True] * 3
+    tensors = [*found[0]["ema"]["weights"].values(), found[0]["one"]]
+    assert {(type(tensor), tensor.device.type) for tensor in tensors} == {(torch.Tensor, "cpu")}
+
+
+def test_sharded_values_of_no_module_and_no_optimizer_are_returned_unasked(tmp_path, workers):
+    workers(2).run(averages, tmp_path)

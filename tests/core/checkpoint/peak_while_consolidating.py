@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fabric_core.checkpoint.consolidate import consolidate
+from fabric_core.checkpoint.conversion.consolidate import consolidate
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.sharded.write import write_sharded
 

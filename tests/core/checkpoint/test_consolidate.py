@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from fabric_core import Fabric
-from fabric_core.checkpoint.consolidate import consolidate
+from fabric_core.checkpoint.conversion.consolidate import consolidate
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.sharded.write import write_sharded
 from fabric_core.errors import CheckpointError, UnsafeCheckpointError

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fabric_core.checkpoint import describe as module
-from fabric_core.checkpoint.describe import describe
+from fabric_core.checkpoint.conversion import describe as module
+from fabric_core.checkpoint.conversion.describe import describe
 from fabric_core.checkpoint.sharded import ranks_of, write_sharded
 from fabric_core.errors import CheckpointError
 

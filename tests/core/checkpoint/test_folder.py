@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fabric_core import Fabric
-from fabric_core.checkpoint.consolidate import consolidate
+from fabric_core.checkpoint.conversion.consolidate import consolidate
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.sharded.write import write_sharded
 

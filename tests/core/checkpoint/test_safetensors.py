@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fabric_core import Fabric
+from fabric_core.checkpoint.conversion.streams import StreamedTensor, in_pieces, streamed
 from fabric_core.checkpoint.safetensors_io import load_safetensors, open_safetensors, write_safetensors
-from fabric_core.checkpoint.streams import StreamedTensor, in_pieces, streamed
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 from fabric_core.errors import CheckpointError, InvalidArgumentError, UnsupportedError, UsageError
 

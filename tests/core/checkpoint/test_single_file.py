@@ -8,9 +8,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from fabric_core.checkpoint.conversion.single_file import write_archive, write_file
+from fabric_core.checkpoint.conversion.streams import StreamedTensor, in_pieces, size_of, streamed
 from fabric_core.checkpoint.lazy import open_mapped
-from fabric_core.checkpoint.single_file import write_archive, write_file
-from fabric_core.checkpoint.streams import StreamedTensor, in_pieces, size_of, streamed
 from fabric_core.errors import CheckpointError
 
 DTYPES = [

@@ -14,10 +14,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner, Result
 
+from fabric_core.checkpoint.conversion.streams import streamed
 from fabric_core.checkpoint.safetensors_io import write_safetensors
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.sharded.write import write_sharded
-from fabric_core.checkpoint.streams import streamed
 from fabric_core.cli.main import cli
 
 LIGHTNING = Path(__file__).parents[1] / "checkpoint/data/lightning-2.6.6.ckpt"

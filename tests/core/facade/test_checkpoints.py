@@ -205,3 +205,26 @@ def test_the_precisions_state_is_saved_like_any_objects(tmp_path):
     precision.scaler.update(2.0)
     fabric.load(tmp_path / "a.ckpt", {"precision": precision})
     assert precision.scaler.get_scale() == 128.0
+
+
+def test_load_names_what_to_call_for_a_single_object(fabric, tmp_path):
+    with pytest.raises(TypeError, match=r"fabric\.load_raw"):
+        fabric.load(tmp_path / "a.ckpt", nn.Linear(2, 2))
+
+
+def test_a_file_takes_the_place_of_a_sharded_checkpoint(fabric, tmp_path):
+    from fabric_core.checkpoint.sharded import ranks_of, write_sharded
+
+    path = tmp_path / "checkpoint"
+    write_sharded(path, {"model": {"weight": torch.ones(2)}}, {"step": 1}, ranks_of())
+    fabric.save(path, {"step": 2})
+    assert path.is_file()
+    assert fabric.load(path) == {"step": 2}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_folder_that_is_no_checkpoint_stays(fabric, tmp_path):
+    (tmp_path / "mine").write_text("words")
+    with pytest.raises(IsADirectoryError):
+        fabric.save(tmp_path, {"step": 2})
+    assert (tmp_path / "mine").read_text() == "words"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric
-from fabric_core.warnings import PossibleUserWarning
+from fabric_core.warnings import FabricDeprecationWarning, PossibleUserWarning
 
 
 def cpu(**arguments):
@@ -286,3 +286,10 @@ def test_an_error_inside_init_module_leaves_nothing_behind():
         raise KeyError
     assert torch.ones(1).dtype == torch.float32
     assert nn.init.ones_(torch.zeros(1)).item() == 1.0
+
+
+def test_sharded_model_is_there_and_deprecated():
+    fabric = cpu()
+    with pytest.warns(FabricDeprecationWarning, match="init_module"), fabric.sharded_model():
+        module = nn.Linear(2, 2)
+    assert not module.weight.is_meta

@@ -184,7 +184,7 @@ class Strategy(Communicator):
 
     @abstractmethod
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state on rank 0; may be empty on others."""
+        """The optimizer's state: this rank's parts of sharded tensors; may be empty off rank 0 for one that gathers."""
 
     @abstractmethod
     def save_checkpoint(

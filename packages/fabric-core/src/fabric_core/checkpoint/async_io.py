@@ -98,7 +98,8 @@ class AsyncCheckpointIO(CheckpointIO):
         """Run ``write`` in the background, once the save in flight has ended; raise the error of that one.
 
         Args:
-            write: must leave what was at ``path`` if it is killed. Its collectives go over ``background_group()``.
+            write: must leave what was at ``path`` if it is killed. Its collectives go over ``background_group()``;
+                those of ``ranks_of(background_group())`` do not fail when the program leaves the main group.
             path: for messages.
         """
         now = time.perf_counter()
@@ -163,7 +164,7 @@ def background_group(timeout: timedelta | None = None) -> dist.ProcessGroup | No
     """A gloo group of all ranks, for collectives of background threads; ``None`` in a process without a group.
 
     It is made at the first call, which every rank makes together, and again after the main group was left and joined
-    anew. Torch destroys it with the main group.
+    anew. Torch destroys it with the main group; an exchange over ``ranks_of`` it goes on, and lets a save finish.
 
     Args:
         timeout: how long its collectives wait for the other ranks; torch's default if not given. The first call counts.

@@ -92,9 +92,11 @@ class FolderCheckpoint(OpenCheckpoint):
         return replaced(self.values(tree), lambda leaf: made.get(id(leaf), leaf))
 
     def rest(self, asked: Iterable[Any]) -> dict[Any, Any]:
-        """Extras only: tensors that nobody asked for stay where they are."""
+        """What is of no module and no optimizer: the states of those that nobody asked for stay where they are."""
         asked = set(asked)
-        return {key: value for key, value in self._folder.extras.items() if key not in asked}
+        manifest = self._folder.manifest
+        values = {key: self.content[key] for key in (manifest.values if manifest else ()) if key in self.content}
+        return {key: value for key, value in {**values, **self._folder.extras}.items() if key not in asked}
 
 
 @contextmanager

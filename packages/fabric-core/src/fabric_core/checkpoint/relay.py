@@ -31,7 +31,7 @@ class RelayedCheckpoint(OpenCheckpoint):
         ranks: all ranks of the default process group, over which the tensors travel.
 
     Raises:
-        CheckpointError: rank 0 cannot read what is no tensor; on rank 0 itself, the error that says why.
+        Exception: rank 0 cannot read what is no tensor; on the other ranks as ``together`` says.
     """
 
     def __init__(self, source: OpenCheckpoint | None, ranks: Ranks) -> None:
@@ -63,7 +63,7 @@ class RelayedCheckpoint(OpenCheckpoint):
     def read(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Bring to each rank its part of each of its destinations. Every rank calls it, with whatever it wants.
 
-        ``CheckpointError`` on all ranks if one cannot go on; there, the error that says why.
+        If one rank cannot go on, none does; what is raised on the others, ``together`` says.
         """
         wanted: dict[int, list[Tensor]] = {}
         others: list[tuple[Tensor, Tensor]] = []

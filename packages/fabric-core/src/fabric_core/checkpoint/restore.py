@@ -77,10 +77,11 @@ def restore(
         access: how the strategy reaches its objects. All of its ranks must call.
 
     Returns:
-        What was not asked for; of a sharded checkpoint only what is of no module and no optimizer.
+        What was not asked for; of a sharded checkpoint only what is of no module and no optimizer. Of a folder that
+        something else than Fabric wrote, no tensors: whether they are of a module is not recorded there.
 
     Raises:
-        FileNotFoundError: nothing is at ``path``.
+        FileNotFoundError: nothing is at ``path``; on all ranks, as what else a rank finds wrong.
         CheckpointKeyError: names or keys that differ; nothing was written.
         CheckpointError: the checkpoint is damaged, or does not fit the objects; in that case, nothing was written.
     """
@@ -182,8 +183,8 @@ class _Restoration:
         content, target = self.source.content, self.state
         if not self.source.is_folder:
             return content
-        extras = self.source.rest(())
-        content = {key: value for key, value in content.items() if key not in extras}
+        others = self.source.rest(())
+        content = {key: value for key, value in content.items() if key not in others} or content
         known = self.access.module_state(target) if isinstance(target, nn.Module) else ("param_groups",)
         if any(clean_name(str(key)) in known for key in content):
             return content

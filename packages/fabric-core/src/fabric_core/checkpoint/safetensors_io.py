@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fabric_core.checkpoint.commit import publish
+from fabric_core.checkpoint.conversion.streams import Progress, StreamedTensor
 from fabric_core.checkpoint.lazy import MappedCheckpoint, find_reader
 from fabric_core.checkpoint.paths import is_remote, open_filesystem, resolve
-from fabric_core.checkpoint.streams import Progress, StreamedTensor
 from fabric_core.errors import CheckpointError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:

@@ -37,6 +37,8 @@ class TorchCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to the file or object ``path``. What was there before stays until all is written.
 
+        A local sharded checkpoint is replaced, too.
+
         Raises:
             InvalidTypeError: ``storage_options`` were given; there are none.
             InvalidArgumentError: ``path`` says safetensors, which torch then takes it for when reading.
@@ -54,19 +56,12 @@ class TorchCheckpointIO(CheckpointIO):
                 "more. Save under another name, such as .ckpt; the weights can be had from it: "
                 "fabric checkpoint convert x.ckpt x.safetensors --key model"
             )
-        with publish(path) as file:
-            try:
-                torch.save(checkpoint, file)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise CheckpointError(
-                    f"The state for {os.fspath(path)!r} cannot be written: {error}. Store plain values and state dicts."
-                ) from error
-            except RuntimeError as error:
-                # torch reports a failed write as a position that does not add up; the reason is further back.
-                reason = _system_error_behind(error)
-                if reason is None:
-                    raise
-                raise OSError(reason.errno, reason.strerror, os.fspath(path)) from error
+        if _is_sharded_folder(path):
+            from fabric_core.checkpoint.sharded.draft import replace_by_file
+
+            replace_by_file(path, lambda draft: _write(checkpoint, draft))
+        else:
+            _write(checkpoint, path)
 
     def load_checkpoint(
         self, path: Path, map_location: MapLocation = None, weights_only: bool | None = None
@@ -128,6 +123,30 @@ class TorchCheckpointIO(CheckpointIO):
         else:
             with suppress(FileNotFoundError):
                 os.unlink(local)
+
+
+def _is_sharded_folder(path: Path) -> bool:
+    if is_remote(path) or not os.path.isdir(resolve(path)):
+        return False
+    from fabric_core.checkpoint.sharded.layout import is_sharded
+
+    return is_sharded(path)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with publish(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"The state for {os.fspath(path)!r} cannot be written: {error}. Store plain values and state dicts."
+            ) from error
+        except RuntimeError as error:
+            # torch reports a failed write as a position that does not add up; the reason is further back.
+            reason = _system_error_behind(error)
+            if reason is None:
+                raise
+            raise OSError(reason.errno, reason.strerror, os.fspath(path)) from error
 
 
 def _system_error_behind(error: BaseException) -> OSError | None:

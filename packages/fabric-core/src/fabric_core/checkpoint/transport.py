@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fabric_core.accelerator_of_torch import accelerator_of_torch
 from fabric_core.checkpoint.dtensors import local_of
 from fabric_core.checkpoint.sharded.boxes import box_of, is_dtensor, part_of, volume
+from fabric_core.distributed.group import carrying_device
 from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Carrier:
 
     def __init__(self, size: int) -> None:
         self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self._carried = self._memory.to(_carried(self._memory.device))
+        self._carried = self._memory.to(carrying_device(self._memory.device))
 
     def place(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor in host memory, with undefined values. The next one takes its place."""
@@ -54,12 +54,12 @@ class Carrier:
 
 def send(tensor: Tensor, rank: int) -> None:
     """Hand the tensor to ``rank``, which calls ``receive`` at the same point."""
-    dist.send(_bytes(tensor.to(_carried(tensor.device)).contiguous()), rank)
+    dist.send(_bytes(tensor.to(carrying_device(tensor.device)).contiguous()), rank)
 
 
 def receive(destination: Tensor, rank: int, kind: torch.device) -> None:
     """Fill ``destination`` with what ``rank`` sends; ``kind`` is the kind of device that the sender has it on."""
-    device = _carried(kind)
+    device = carrying_device(kind)
     if destination.device == device and destination.is_contiguous():
         dist.recv(_bytes(destination), rank)
         return
@@ -71,14 +71,6 @@ def receive(destination: Tensor, rank: int, kind: torch.device) -> None:
 def _bytes(tensor: Tensor) -> Tensor:
     # No backend knows every dtype, and all know bytes.
     return tensor.detach().view(-1).view(torch.uint8)
-
-
-def _carried(device: torch.device) -> torch.device:
-    """``device``, or the accelerator if the default group has no backend that carries from ``device``."""
-    if f"{device.type}:" in dist.get_backend_config():
-        return device
-    found = accelerator_of_torch()
-    return device if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
 
 class Gatherer:

@@ -13,7 +13,7 @@ import click
 from fabric_core.cli.progress import byte_bar, errors_shown, readable_size
 
 if TYPE_CHECKING:
-    from fabric_core.checkpoint.describe import Description, TensorRow
+    from fabric_core.checkpoint.conversion.describe import Description, TensorRow
 
 _DTYPES: Final = {
     "bf16": "bfloat16",
@@ -45,8 +45,8 @@ def inspect(ctx: click.Context, path: str, as_json: bool, verify: bool, keys: bo
     No tensor is loaded and no code from the checkpoint is run, whoever wrote it. With --verify, the command ends with 1
     if anything is damaged.
     """
-    from fabric_core.checkpoint.describe import describe
-    from fabric_core.checkpoint.verify import verify as compare
+    from fabric_core.checkpoint.conversion.describe import describe
+    from fabric_core.checkpoint.conversion.verify import verify as compare
 
     with errors_shown():
         damages, compared = compare(path) if verify else (None, "")
@@ -76,7 +76,7 @@ def convert(source: str, target: str, force: bool, no_weights_only: bool, **opti
     sharded folder if it ends in a slash. A safetensors file holds the weights of one module: name it with --key if
     SOURCE has several.
     """
-    from fabric_core.checkpoint.convert import Conversion, convert, exists, format_of
+    from fabric_core.checkpoint.conversion.convert import Conversion, convert, exists, format_of
 
     with errors_shown("--no-weights-only"):
         to = options["to"] or format_of(target)

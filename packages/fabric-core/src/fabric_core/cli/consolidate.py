@@ -27,8 +27,8 @@ def run(folder: str, output: str | None, option: str, *, weights_only: bool, for
 
     ``click.ClickException`` if there is nothing to consolidate, or something is at the output already.
     """
-    from fabric_core.checkpoint.consolidate import consolidate, default_output
-    from fabric_core.checkpoint.convert import exists
+    from fabric_core.checkpoint.conversion.consolidate import consolidate, default_output
+    from fabric_core.checkpoint.conversion.convert import exists
 
     with errors_shown("--no-weights-only"):
         _check(folder)

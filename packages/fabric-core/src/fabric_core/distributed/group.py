@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fabric_core.abc.environment import ClusterEnvironment
+from fabric_core.accelerator_of_torch import accelerator_of_torch
 from fabric_core.distributed.exit import protect_exit
 from fabric_core.errors import UsageError
 from fabric_core.settings import USE_LIBUV
@@ -31,6 +32,20 @@ def is_initialized() -> bool:
 def default_backend(device: torch.device) -> str:
     """The backend that torch names for the device, gloo where it names none."""
     return dist.Backend.default_device_backend_map.get(device.type, "gloo")
+
+
+def carrying_device(device: torch.device) -> torch.device:
+    """Where a tensor must be to travel over the default group: on ``device``, if the group takes it from there.
+
+    Gloo takes tensors from the CPU alone; a group without a backend for the CPU takes them from the accelerator.
+    """
+    backends = dict(part.split(":", 1) for part in dist.get_backend_config().split(","))
+    if backends.get(device.type, "gloo") != "gloo":
+        return device
+    accelerator = None if "cpu" in backends else accelerator_of_torch()
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def join_group(

@@ -74,6 +74,12 @@ class Checkpoints(FabricBase):
             KeyError: names are missing; the message lists all of them, and nothing was changed.
             FileNotFoundError: nothing is at ``path``.
         """
+        if state is not None and not isinstance(state, dict):
+            raise InvalidTypeError(
+                f"fabric.load() takes a dict of names and objects, not a {type(state).__name__}: "
+                '{"model": model, "optimizer": optimizer}. For a file with one bare state dict use '
+                "fabric.load_raw(path, model)."
+            )
         self._require_launch("load")
         self._finish_saves("fabric.load()")
         inner = None if state is None else unwrap_values(state)

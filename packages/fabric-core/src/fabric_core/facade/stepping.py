@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fabric_core.collections import move_data_to_device
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
 from fabric_core.facade.base import FabricBase
+from fabric_core.rank_zero import rank_zero_deprecation
 from fabric_core.warnings import possible_user_warning
 from fabric_core.wrappers.compile import unwrap_compiled
 from fabric_core.wrappers.forward import inside_fabric_backward
@@ -128,4 +129,13 @@ class Stepping(FabricBase):
         """
         self._require_launch("init_module")
         context: AbstractContextManager[Any] = self._strategy.module_init_context(empty_init=empty_init)
+        return context
+
+    def sharded_model(self) -> AbstractContextManager[Any]:
+        """Deprecated: ``setup_module`` shards, and ``init_module(empty_init=True)`` builds without memory."""
+        rank_zero_deprecation(
+            "fabric.sharded_model() is deprecated: build the model under fabric.init_module(empty_init=True), and "
+            "fabric.setup_module(model) shards it."
+        )
+        context: AbstractContextManager[Any] = getattr(self._strategy, "module_sharded_context", nullcontext)()
         return context

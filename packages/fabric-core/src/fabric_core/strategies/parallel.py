@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fabric_core.distributed.group import DEFAULT_TIMEOUT, default_backend, is_initialized, join_group, leave_group
+from fabric_core.distributed.group import (
+    DEFAULT_TIMEOUT,
+    carrying_device,
+    default_backend,
+    is_initialized,
+    join_group,
+    leave_group,
+)
 from fabric_core.distributed.objects import broadcast_object
 from fabric_core.distributed.tensors import gather_tensor, reduce_tensor
 from fabric_core.errors import UsageError
@@ -184,4 +191,4 @@ class ParallelStrategy(Strategy):
         """The object of global rank ``src``, pickled, on every rank."""
         if not is_initialized():
             return obj
-        return broadcast_object(obj, src, None if dist.get_backend() == "gloo" else self.root_device)
+        return broadcast_object(obj, src, carrying_device(self.root_device))

@@ -42,6 +42,7 @@ class Manifest:
         torch: the version of torch that wrote.
         fabric: the version of Fabric that wrote.
         generation: the name of the save, which is part of file names in stores; empty in local folders.
+        values: the names whose tensors all ranks wrote and that are of no module and no optimizer.
     """
 
     files: dict[str, FileRecord]
@@ -49,6 +50,7 @@ class Manifest:
     torch: str = ""
     fabric: str = ""
     generation: str = ""
+    values: tuple[str, ...] = ()
 
     def dumps(self) -> bytes:
         """The text of the file."""
@@ -58,6 +60,7 @@ class Manifest:
             "world_size": self.world_size,
             "torch": self.torch,
             "fabric": self.fabric,
+            "values": list(self.values),
             "files": {name: {"size": file.size, ALGORITHM: file.digest} for name, file in sorted(self.files.items())},
         }
         return json.dumps(content, indent=1).encode()
@@ -92,6 +95,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
         found = json.loads(content)
         files = {file: FileRecord(int(entry["size"]), str(entry[ALGORITHM])) for file, entry in found["files"].items()}
         known = {key: found[key] for key in ("world_size", "torch", "fabric", "generation")}
+        values = tuple(str(value) for value in found.get("values", ()))  # earlier versions wrote none
         version = int(found["format"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{name!r} is damaged, it is no manifest of a checkpoint: {error!r}") from error
@@ -99,7 +103,7 @@ def parse_manifest(content: bytes, name: str) -> Manifest:
         raise CheckpointError(
             f"{name!r} has format {version}; this version of Fabric reads up to {FORMAT}. Update fabric-core."
         )
-    return Manifest(files, **known)
+    return Manifest(files, **known, values=values)
 
 
 def manifest_of(folder: Folder) -> Manifest | None:

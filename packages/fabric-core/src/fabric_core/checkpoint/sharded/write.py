@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def write_sharded(path: Path, tensors: Mapping[str, Any], extras: Mapping[str, Any], ranks: Ranks) -> None:
+def write_sharded(
+    path: Path, tensors: Mapping[str, Any], extras: Mapping[str, Any], ranks: Ranks, values: Iterable[str] = ()
+) -> None:
     """Write a checkpoint of all ranks to ``path``, complete or not at all. Every rank of ``ranks`` calls it.
 
     What was at ``path`` before stays until everything is written, and is then replaced in one step. The folder is one
@@ -36,13 +38,14 @@ def write_sharded(path: Path, tensors: Mapping[str, Any], extras: Mapping[str, A
             values, which must be equal on all ranks and are written once.
         extras: what else there is; rank 0's is stored.
         ranks: who writes.
+        values: the names in ``tensors`` that are of no module and no optimizer; a load returns them unasked.
 
     Raises:
         IsADirectoryError: on all ranks; a folder is at ``path`` that holds other things than a checkpoint. Nothing
             was written.
         CheckpointError: on all ranks, if writing failed on one; names that rank. The rank itself raises its own error.
     """
-    save = _Save(path, tensors, extras, ranks)
+    save = _Save(path, tensors, extras, ranks, tuple(values))
     try:
         save.run()
     except BaseException:
@@ -72,8 +75,15 @@ class _Written:
 class _Save:
     """One rank's part in a save. What the ranks exchange is an answer or a ``_Failure``, so that none waits in vain."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Any], extras: Mapping[str, Any], ranks: Ranks) -> None:
-        self._path, self._tensors, self._extras, self._ranks = path, tensors, extras, ranks
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, Any],
+        extras: Mapping[str, Any],
+        ranks: Ranks,
+        values: tuple[str, ...],
+    ) -> None:
+        self._path, self._tensors, self._extras, self._ranks, self._values = path, tensors, extras, ranks, values
         self._draft: Draft | None = None
         self._error: Exception | None = None
         self._metadata: Any = None
@@ -167,6 +177,7 @@ class _Save:
                 torch=str(torch.__version__),
                 fabric=fabric_version(),
                 generation=self._draft.generation,
+                values=self._values,
             )
         )
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fabric_core.distributed.coalesce import reduce_nested
-from fabric_core.distributed.group import is_initialized
+from fabric_core.distributed.group import carrying_device, is_initialized
 from fabric_core.distributed.objects import broadcast_object
 from fabric_core.errors import UsageError
 
@@ -23,11 +23,6 @@ _ODD: Final = 0x1E3779B97F4A7C15  # any large odd number: products wrap around, 
 def alone() -> bool:
     """Whether there is no other process."""
     return not is_initialized() or dist.get_world_size() == 1
-
-
-def communicating_device(device: torch.device) -> torch.device:
-    """Where a tensor must be to be sent: ``device``, or the CPU if the process group has a way for that only."""
-    return torch.device("cpu") if dist.get_backend() == "gloo" else device
 
 
 def broadcast_tensors(tensors: list[Tensor], device: torch.device | None = None) -> None:
@@ -41,7 +36,7 @@ def broadcast_tensors(tensors: list[Tensor], device: torch.device | None = None)
         return
 
     def send(tensor: Tensor) -> Tensor:
-        there = tensor if device is None else tensor.to(communicating_device(device))
+        there = tensor if device is None else tensor.to(carrying_device(device))
         dist.broadcast(there, 0)
         return tensor if there is tensor else tensor.copy_(there)
 
@@ -76,7 +71,7 @@ def same_everywhere(description: Any, device: torch.device) -> bool:
 
 def _differ(numbers: list[Tensor], device: torch.device) -> list[bool]:
     """Which of the numbers, one int64 each, are not the same on all ranks."""
-    target = communicating_device(device)
+    target = carrying_device(device)
     low = torch.stack([number.to(target) for number in numbers])
     high = low.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
@@ -111,7 +106,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         yield
         return
     own = _random_state(device)
-    agreed = broadcast_object(own, 0, None if dist.get_backend() == "gloo" else device)
+    agreed = broadcast_object(own, 0, carrying_device(device))
     differs = any(not torch.equal(a, b) for a, b in zip(own, agreed, strict=True))
     if differs:
         _set_random_state(device, agreed)

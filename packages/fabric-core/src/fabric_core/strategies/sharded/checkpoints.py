@@ -72,13 +72,10 @@ class ShardedCheckpoints(Strategy):
         collected = together(ranks, lambda: self._collected(state, filter), f"{os.fspath(path)!r} was not written")
         if sharded:
             tensors, extras = _divided(state, collected)
-            self._save_sharded(path, _share(state, tensors, ranks.rank), extras, ranks)
+            values = [key for key in tensors if not isinstance(state[key], nn.Module | Optimizer)]
+            self._save_sharded(path, _share(state, tensors, ranks.rank), extras, ranks, values)
         else:
             self._save_full(path, collected, storage_options, ranks)
-
-    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state on rank 0, numbered as torch does; empty on the others."""
-        return gathered(optimizer.state_dict(), ranks_of()) or {}
 
     def load_checkpoint(
         self, path: Path, state: Any = None, strict: bool = True, weights_only: bool | None = None
@@ -117,19 +114,21 @@ class ShardedCheckpoints(Strategy):
                 'all processes write. Pass state_dict_type="full" to write through it, or leave it out.'
             )
 
-    def _save_sharded(self, path: Path, tensors: dict[str, Any], extras: dict[str, Any], ranks: Ranks) -> None:
+    def _save_sharded(
+        self, path: Path, tensors: dict[str, Any], extras: dict[str, Any], ranks: Ranks, values: list[str]
+    ) -> None:
         from fabric_core.checkpoint.sharded.write import write_sharded
 
         io = _as_async(self.checkpoint_io)
         if io is None:
-            write_sharded(path, tensors, extras, ranks)
+            write_sharded(path, tensors, extras, ranks, values)
             return
         from fabric_core.checkpoint.async_io import background_group
 
         others = ranks_of(background_group(getattr(self, "timeout", None)))
         # The copy may wait for an earlier save, and raise its error: on all ranks, or they would part ways here.
         staged = together(ranks, lambda: io.stage((tensors, extras)), f"{os.fspath(path)!r} was not begun")
-        io.submit(lambda: write_sharded(path, staged[0], staged[1], others), path)
+        io.submit(lambda: write_sharded(path, staged[0], staged[1], others, values), path)
 
     def _save_full(self, path: Path, collected: dict[str, Any], storage_options: Any, ranks: Ranks) -> None:
         io = self.checkpoint_io

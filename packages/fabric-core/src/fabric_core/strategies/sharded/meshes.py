@@ -211,9 +211,7 @@ def _own_group(members: list[list[int]], world: World) -> Any:
     return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
 
 
-def _mesh(
-    groups: Any, layout: torch.Tensor, world: World, axes: tuple[str, str] = (REPLICATE, SHARD)
-) -> DeviceMesh:
+def _mesh(groups: Any, layout: torch.Tensor, world: World, axes: tuple[str, str] = (REPLICATE, SHARD)) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(groups, list):

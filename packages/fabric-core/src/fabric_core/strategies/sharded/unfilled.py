@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_core.checkpoint.dtensors import local_of
+from fabric_core.distributed.group import carrying_device
 from fabric_core.errors import UsageError
-from fabric_core.strategies.sharded.agreement import alone, communicating_device, same_everywhere
+from fabric_core.strategies.sharded.agreement import alone, same_everywhere
 from fabric_core.strategies.sharded.groups import class_name
 
 _MARK: Final = "_fabric_unfilled"
@@ -101,12 +102,13 @@ def check_filled(module: nn.Module, device: torch.device) -> None:
         return
     votes = torch.tensor([_is_empty(part, name) for _, part, name in places], dtype=torch.int32)
     if not alone():
-        votes = votes.to(communicating_device(device))
+        votes = votes.to(carrying_device(device))
         dist.all_reduce(votes, dist.ReduceOp.MIN)
     missing = []
     for (path, part, name), empty in zip(places, votes.tolist(), strict=True):
         if empty:
-            missing.append(f"{path}.{name}" if path else name)
+            note = " (a buffer that is not stored in checkpoints)" if name in part._non_persistent_buffers_set else ""
+            missing.append((f"{path}.{name}" if path else name) + note)
         else:
             mark(part, name, False)
     if missing:

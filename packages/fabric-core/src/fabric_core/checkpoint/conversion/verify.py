@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from typing import TYPE_CHECKING, Final
 
-from fabric_core.checkpoint.describe import describe, open_binary
+from fabric_core.checkpoint.conversion.describe import describe, open_binary
 from fabric_core.checkpoint.safetensors_io import is_safetensors
 from fabric_core.checkpoint.sharded.index import Index, read_index
 from fabric_core.checkpoint.sharded.layout import METADATA, is_sharded

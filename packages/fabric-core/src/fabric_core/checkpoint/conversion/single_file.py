@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import torch
 
 from fabric_core.checkpoint.commit import publish
-from fabric_core.checkpoint.streams import Progress, StreamedTensor, streamed
+from fabric_core.checkpoint.conversion.streams import Progress, StreamedTensor, streamed
 from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:

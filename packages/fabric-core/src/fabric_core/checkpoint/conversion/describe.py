@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fabric_core.checkpoint.conversion.kinds import KINDS, kind_of
+from fabric_core.checkpoint.conversion.skeleton import StandIn, TensorOutline, read_skeleton
 from fabric_core.checkpoint.folder import nested
-from fabric_core.checkpoint.parts import KINDS, kind_of
 from fabric_core.checkpoint.paths import is_remote, open_filesystem, resolve
 from fabric_core.checkpoint.safetensors_io import is_safetensors, load_safetensors, open_safetensors
 from fabric_core.checkpoint.sharded.layout import EXTRAS, METADATA, is_sharded
 from fabric_core.checkpoint.sharded.read import TensorInfo, open_sharded
-from fabric_core.checkpoint.skeleton import StandIn, TensorOutline, read_skeleton
 from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 import torch
 from torch import Tensor
 
-from fabric_core.checkpoint.consolidate import streamed_state
+from fabric_core.checkpoint.conversion.consolidate import streamed_state
+from fabric_core.checkpoint.conversion.kinds import kind_of, tensors_of
+from fabric_core.checkpoint.conversion.single_file import write_archive, write_file
+from fabric_core.checkpoint.conversion.streams import Progress, ProgressBar, StreamedTensor, shown, streamed
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor
-from fabric_core.checkpoint.parts import kind_of, tensors_of
 from fabric_core.checkpoint.paths import is_remote, open_filesystem, resolve
 from fabric_core.checkpoint.safetensors_io import is_safetensors, write_safetensors
 from fabric_core.checkpoint.sharded.layout import is_sharded
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.sharded.read import open_sharded
 from fabric_core.checkpoint.sharded.write import write_sharded
-from fabric_core.checkpoint.single_file import write_archive, write_file
-from fabric_core.checkpoint.streams import Progress, ProgressBar, StreamedTensor, shown, streamed
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 from fabric_core.checkpoint.tree import replaced
 from fabric_core.errors import CheckpointError, InvalidArgumentError

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from fabric_core.checkpoint.conversion.single_file import write_file
+from fabric_core.checkpoint.conversion.streams import ProgressBar, StreamedTensor, in_pieces, shown
 from fabric_core.checkpoint.folder import nested
 from fabric_core.checkpoint.sharded.read import ShardedCheckpoint, open_sharded
-from fabric_core.checkpoint.single_file import write_file
-from fabric_core.checkpoint.streams import ProgressBar, StreamedTensor, in_pieces, shown
 
 if TYPE_CHECKING:
     from fabric_core.types import Path
