@@ -1,12 +1,17 @@
 """Saving in the background from several processes: who waits for whom, and who learns of a failure."""
 
+import subprocess
+import sys
+import textwrap
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from fabric_core import Fabric
 from fabric_core.checkpoint.async_io import AsyncCheckpointIO, background_group
+from fabric_core.checkpoint.sharded import ranks_of
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 
 
@@ -161,3 +166,61 @@ def test_a_sharded_checkpoint_is_written_in_the_background(workers, tmp_path):
         assert (changed, restored, step) == (True, True, 1)
         assert failure is not None
     assert not (tmp_path / "b").exists()
+
+
+LEAVES_FIRST = """
+    import sys, threading, time
+    import torch
+    import torch.distributed as dist
+    from fabric_core import Fabric
+
+    class Seven:
+        # Takes a moment to write, but not to copy.
+        def __reduce__(self):
+            if threading.current_thread() is threading.main_thread():
+                return Seven, ()
+            time.sleep(0.5)
+            return int, ("7",)
+
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp", checkpoint_io="async")
+    fabric.launch()
+    model = fabric.setup_module(torch.nn.Linear(5, 3))
+    fabric.save("a", {"model": model, "seven": Seven()})
+    if fabric.global_rank == int(sys.argv[1]):
+        time.sleep(1.5)
+    dist.destroy_process_group()
+    if sys.argv[2:]:
+        fabric.teardown()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["0"], ["1"], ["2"], ["2", "teardown"]], ids=" ".join)
+def test_a_program_may_destroy_its_groups_before_the_save_is_done(arguments, tmp_path):
+    """Whichever rank is the later one, or none."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(LEAVES_FIRST))
+    command = [sys.executable, str(script), *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    loaded = Fabric(accelerator="cpu", devices=1).load(tmp_path / "a")
+    assert loaded["seven"] == 7
+    assert loaded["model"]["weight"].shape == (3, 5)
+
+
+def exchange_without_a_group():
+    launched()
+    ranks = ranks_of(background_group())
+    dist.destroy_process_group()
+    mine = "x" * 10**ranks.rank  # of different sizes
+    return (
+        ranks.broadcast(mine),
+        [len(text) for text in ranks.gather(mine)],
+        [len(text) for text in ranks.collect(mine) or ()],
+        ranks.hand_out(["for zero", {"for": 1}] if ranks.rank == 0 else None),
+    )
+
+
+def test_ranks_exchange_objects_after_their_group_is_destroyed(workers):
+    zero, one = workers(2).run(exchange_without_a_group)
+    assert zero == ("x", [1, 10], [1, 10], "for zero")
+    assert one == ("x", [1, 10], [], {"for": 1})

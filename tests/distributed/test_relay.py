@@ -47,7 +47,9 @@ def test_a_value_that_only_rank_zero_can_refuse_is_refused_by_all(tmp_path, work
     for here, there in zip(first, second, strict=True):
         assert here.startswith("UnsafeCheckpointError")
         assert "argparse.Namespace" in here
-        assert there.startswith("UnsafeCheckpointError: The checkpoint, which rank 0 reads for all ranks, was not loaded")
+        assert there.startswith(
+            "UnsafeCheckpointError: The checkpoint, which rank 0 reads for all ranks, was not loaded"
+        )
         assert "because rank 0 cannot: UnsafeCheckpointError" in there
         assert "argparse.Namespace" in there
 

@@ -37,7 +37,7 @@ def opened(
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
-        CheckpointError: it is damaged. If rank 0 reads for all, its errors come on the other ranks as ``together`` says.
+        CheckpointError: it is damaged. If rank 0 reads for all, the others raise its errors as ``together`` says.
     """
     with ExitStack() as stack:
         if ranks is None or ranks.size == 1:

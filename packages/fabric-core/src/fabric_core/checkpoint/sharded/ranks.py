@@ -47,9 +47,9 @@ class Ranks(Protocol):
 def ranks_of(group: ProcessGroup | None = None) -> Ranks:
     """The processes of ``group``; without one, those of the default group, or this process alone if there is none.
 
-    Every process of the group must use what this returns in the same order. Nothing is sent through other groups. Over a
-    ``group`` of gloo the exchange goes on though ``destroy_process_group()`` is called, as programs do at their end
-    while a thread still writes.
+    Every process of the group must use what this returns in the same order. Nothing is sent through other groups. A
+    ``group`` of gloo serves even after ``destroy_process_group()``, which programs call at their end while a thread
+    still writes.
     """
     if group is None:
         return GroupRanks() if is_initialized() else LoneRank()
@@ -189,7 +189,7 @@ def _packed(obj: object) -> Tensor:
 
 
 def _unpacked(content: Tensor) -> Any:
-    return pickle.loads(content.numpy().tobytes())  # noqa: S301 - from a process of the same job
+    return pickle.loads(content.numpy().tobytes())
 
 
 def _room(size: int) -> Tensor:
