@@ -182,6 +182,7 @@ LEAVES_FIRST = """
             time.sleep(0.5)
             return int, ("7",)
 
+    torch.serialization.add_safe_globals([Seven])
     fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp", checkpoint_io="async")
     fabric.launch()
     model = fabric.setup_module(torch.nn.Linear(5, 3))

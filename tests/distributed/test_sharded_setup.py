@@ -163,7 +163,8 @@ def missing(strategy):
 def test_what_nobody_initialises_is_listed(strategy, workers):
     for messages in workers(2).run(missing, strategy):
         assert len(messages) == 4
-        assert all("3 parameters or buffers of" in m and ": scale, table (a buffer that is not stored in checkpoints), seen. They" in m for m in messages)
+        names = "scale, table (a buffer that is not stored in checkpoints), seen"
+        assert all("3 parameters or buffers of" in m and f": {names}. They" in m for m in messages)
 
 
 def like(ours, value):

@@ -50,6 +50,7 @@ class Strategy(Communicator):
         gradient_sync: the switch for gradient accumulation; ``None`` if there is none.
         resolved: what the last ``Fabric(...)`` put into this object, by kind; the next one replaces just that.
         sync_free: no gradients are exchanged at all, so that ``no_backward_sync`` has nothing to do.
+        votes_on_saving: ``save_checkpoint`` fails on all ranks or on none, so that core asks nobody once more.
         shards_in_place: set-up splits the parameters of the user's own module, so that methods that use them outside
             of forward fail; core explains it then.
     """
@@ -62,6 +63,7 @@ class Strategy(Communicator):
     precision_family: ClassVar[str | None] = None
     moves_batches: ClassVar[bool] = False
     sync_free: ClassVar[bool] = False
+    votes_on_saving: ClassVar[bool] = False
     shards_in_place: ClassVar[bool] = False
     gradient_sync: GradientSync | None = None
     resolved: Mapping[str, Any] = MappingProxyType({})

@@ -45,9 +45,12 @@ class Checkpoints(FabricBase):
         if filter is not None:
             validate_filter(state, filter)
         inner = unwrap_values(state)
-        self._together(
-            f"fabric.save({str(path)!r})", lambda: self._strategy.save_checkpoint(path, inner, filter=filter)
-        )
+        if self._strategy.votes_on_saving:
+            self._strategy.save_checkpoint(path, inner, filter=filter)
+        else:
+            self._together(
+                f"fabric.save({str(path)!r})", lambda: self._strategy.save_checkpoint(path, inner, filter=filter)
+            )
         self._notify("fabric_on_save", path=path, state=state)
 
     def load(

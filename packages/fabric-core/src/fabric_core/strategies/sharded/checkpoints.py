@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,6 +44,7 @@ class ShardedCheckpoints(Strategy):
             through ``checkpoint_io``, for which rank 0 gathers parameter by parameter.
     """
 
+    votes_on_saving: ClassVar[bool] = True
     state_dict_type: Literal["full", "sharded"] = "sharded"
 
     def check_initialised(self, module: nn.Module) -> None:
@@ -136,13 +137,17 @@ class ShardedCheckpoints(Strategy):
         if background is not None:
             together(ranks, background.drain, f"{os.fspath(path)!r} was not begun")  # its copy is as large as this one
         content = gathered(collected, ranks, copy=None if background is None else background.stage)
-        if content is None:
-            return
-        if background is None:
-            _write_full(io, path, content, storage_options)
-        else:
-            inner = background.checkpoint_io
-            background.submit(lambda: _write_full(inner, path, content, storage_options), path)
+
+        def write() -> None:
+            if content is None:  # it is on rank 0
+                return
+            if background is None:
+                _write_full(io, path, content, storage_options)
+            else:
+                inner = background.checkpoint_io
+                background.submit(lambda: _write_full(inner, path, content, storage_options), path)
+
+        together(ranks, write, f"{os.fspath(path)!r} was not written")
 
 
 def _modules(state: Any) -> dict[str, nn.Module]:
