@@ -100,6 +100,12 @@ class BackgroundWork:
                 self._marker.touch()
 
 
+def await_background_work() -> None:
+    """Wait until nothing goes on in the background of this process; errors stay for who asks next."""
+    for work in _own_work():
+        work.wait()
+
+
 def finish_background_work() -> None:
     """Wait until nothing goes on in the background of this process; raise the first error that nobody has seen yet."""
     errors: list[Exception] = []

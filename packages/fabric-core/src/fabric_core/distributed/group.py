@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fabric_core.abc.environment import ClusterEnvironment
 from fabric_core.accelerator_of_torch import accelerator_of_torch
+from fabric_core.distributed.background import await_background_work
 from fabric_core.distributed.exit import protect_exit
 from fabric_core.errors import UsageError
 from fabric_core.settings import USE_LIBUV
@@ -73,6 +74,7 @@ def join_group(
         return False
     if sys.platform == "win32" and not USE_LIBUV.is_set():
         USE_LIBUV.set(0)
+    await_background_work()  # it may still use the store of a group that was left, at the same address
     address, port = environment.main_address, environment.main_port
     if rank != 0:
         _wait_for_listener(address, port)
