@@ -176,8 +176,8 @@ def background_group(timeout: timedelta | None = None) -> dist.ProcessGroup | No
         return None
     main = dist.group.WORLD
     known = _group() if _group is not None and _group_of is not None and _group_of() is main else None
-    if known is None:
-        assert main is not None
-        known = dist.new_group(backend="gloo", timeout=timeout)
-        _group, _group_of = weakref.ref(known), weakref.ref(main)
-    return known
+    if known is not None:
+        return known
+    made: Any = dist.new_group(backend="gloo", timeout=timeout)
+    _group, _group_of = weakref.ref(made), weakref.ref(main)  # type: ignore[arg-type]
+    return made  # type: ignore[no-any-return]
