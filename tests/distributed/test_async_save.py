@@ -13,6 +13,7 @@ from fabric_core import Fabric
 from fabric_core.checkpoint.async_io import AsyncCheckpointIO, background_group
 from fabric_core.checkpoint.sharded import ranks_of
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
+from fabric_core.testing import WorkerPool
 
 
 class Slow(TorchCheckpointIO):
@@ -221,7 +222,11 @@ def exchange_without_a_group():
     )
 
 
-def test_ranks_exchange_objects_after_their_group_is_destroyed(workers):
-    zero, one = workers(2).run(exchange_without_a_group)
+def test_ranks_exchange_objects_after_their_group_is_destroyed():
+    pool = WorkerPool(2)  # of its own: the processes have no group afterwards
+    try:
+        zero, one = pool.run(exchange_without_a_group)
+    finally:
+        pool.stop()
     assert zero == ("x", [1, 10], [1, 10], "for zero")
     assert one == ("x", [1, 10], [], {"for": 1})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -144,3 +145,27 @@ def test_stream_transforms_are_refused_with_what_to_use():
         info.transform_descriptors = ["stream.zstd/1"]
     with pytest.raises(CheckpointError, match="zstd"):
         read_index(pickle.dumps(changed), "x")
+
+
+class AsOlderPythons:
+    """Pickles a member of an enumeration as Python 3.11.0 to 3.11.3 do: through ``getattr``."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_as_some_pythons_write_them_are_read(monkeypatch):
+    state = list(TensorProperties(torch.float16).__getstate__())
+    state[3] = AsOlderPythons(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: tuple(state))
+    assert read_index(pickle.dumps(metadata()), "x").tensors["model.w"].dtype is torch.float16
+
+
+def test_attributes_of_anything_else_cannot_be_reached():
+    for owner in (torch.Size, MetadataIndex, torch.float32):
+        stranger = AsOlderPythons(owner, "__class__")
+        with pytest.raises(CheckpointError, match="an attribute of"):
+            read_index(pickle.dumps(metadata(storage_meta=stranger)), "x")
