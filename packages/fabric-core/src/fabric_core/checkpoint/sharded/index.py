@@ -147,7 +147,7 @@ class _Unpickler(pickle.Unpickler):
             return _Record
         if (module, name) == (_METADATA, "MetadataIndex"):
             return _Key
-        if (module, name) == ("builtins", "getattr"):
+        if name == "getattr" and module in ("builtins", "__builtin__"):
             return _member
         if (module, name) == ("torch", "Size"):
             return torch.Size
