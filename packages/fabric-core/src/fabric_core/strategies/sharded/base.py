@@ -7,14 +7,12 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_core.distributed.group import DEFAULT_TIMEOUT
 from fabric_core.precision.sharded import adapt
 from fabric_core.strategies.parallel import ParallelStrategy
 from fabric_core.strategies.sharded.agreement import same_random_numbers
@@ -26,10 +24,7 @@ from fabric_core.strategies.sharded.places import forget_places, remember_places
 from fabric_core.strategies.sharded.unfilled import check_filled, watch
 
 if TYPE_CHECKING:
-    from fabric_core.abc.accelerator import Accelerator
-    from fabric_core.abc.checkpoint import CheckpointIO
     from fabric_core.abc.environment import ClusterEnvironment
-    from fabric_core.abc.precision import Precision
 
 Compile = Callable[[nn.Module], None]
 """Compiles the forward of a part of the module, in place, with the settings the user gave to ``torch.compile``."""
@@ -42,36 +37,13 @@ class ShardedStrategy(ShardedCheckpoints, ParallelStrategy):
     before or after the module is set up: those that refer to the whole parameters are pointed at the parts.
 
     Args:
-        accelerator: the kind of device.
-        parallel_devices: the devices of this node, one process each; resolved by ``Fabric(...)`` if not given.
-        cluster_environment: who starts the processes; detected if not given.
-        checkpoint_io: where checkpoints go.
-        precision: the dtypes.
-        process_group_backend: ``"gloo"``, ``"nccl"``, ...; by default the accelerator's, else torch's for the device.
-        timeout: how long a collective waits for the other ranks.
+        **parts: the arguments of ``ParallelStrategy``.
     """
 
     shards_in_place: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = DEFAULT_TIMEOUT,
-    ) -> None:
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision=precision,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
         self.gradient_sync: ShardedGradientSync = ShardedGradientSync()
         self._set_up: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
