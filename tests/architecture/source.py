@@ -1,4 +1,4 @@
-"""The source of core, read as text and as a tree."""
+"""The source of the packages, read as text and as a tree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CORE = ROOT / "packages/fabric-core/src/fabric_core"
+PACKAGES = {path.name: path for path in sorted(ROOT.glob("packages/*/src/fabric_*"))}
+CORE = PACKAGES["fabric_core"]
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,17 @@ class Source:
     """One module."""
 
     path: Path
+    package: Path = CORE
 
     @property
     def name(self) -> str:
-        """Where it is in the package, as in ``registry/known.py``."""
-        return self.path.relative_to(CORE).as_posix()
+        """Where it is in the package, as in ``registry/known.py``; with the package's name if that is not core."""
+        return self.path.relative_to(self.package if self.package == CORE else self.package.parent).as_posix()
 
     @property
     def module(self) -> str:
         """Its dotted name."""
-        parts = self.path.relative_to(CORE.parent).with_suffix("").parts
+        parts = self.path.relative_to(self.package.parent).with_suffix("").parts
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     @cached_property
@@ -46,6 +48,12 @@ class Source:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def sources() -> list[Source]:
-    """Every module of core."""
-    return [Source(path) for path in sorted(CORE.rglob("*.py"))]
+def sources(package: str = "fabric_core") -> list[Source]:
+    """Every module of a package."""
+    folder = PACKAGES[package]
+    return [Source(path, folder) for path in sorted(folder.rglob("*.py"))]
+
+
+def plugin_sources() -> list[Source]:
+    """Every module of the packages that are plugins."""
+    return [source for package in PACKAGES if package != "fabric_core" for source in sources(package)]

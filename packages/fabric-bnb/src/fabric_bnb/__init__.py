@@ -1,0 +1,1 @@
+"""Quantised layers of bitsandbytes for Fabric."""
