@@ -33,14 +33,18 @@ def possible_user_warning(message: str, stacklevel: int = 1) -> None:
         warnings.warn(message, PossibleUserWarning, stacklevel=stacklevel + 1)
 
 
-def user_stacklevel() -> int:
-    """The ``stacklevel`` with which the calling function, if it warns, names the first line outside this package.
+def user_stacklevel(package: str = _PACKAGE) -> int:
+    """The ``stacklevel`` with which the calling function, if it warns, names the first line that is the user's.
 
     For code that is reached by ways of different length; where there is one way, a number says it better.
+
+    Args:
+        package: the plugin that warns; its lines are passed over like those of core.
     """
+    inside = (f"{_PACKAGE}.", f"{package}.")
     frame: FrameType | None = sys._getframe(1)
     level = 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(inside):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fabric_core.abc.communicator import Communicator
 from fabric_core.abc.overrides import overrides
 
 
@@ -49,6 +50,18 @@ class Precision:
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Change the parameters' dtype or swap layers, before the module moves to its device."""
         return module
+
+    def convert_placed_module(self, module: nn.Module, ranks: Communicator) -> None:
+        """Change the module once more, in place, after ``setup`` has moved it to its device; all ranks come here.
+
+        For what is to happen with the values on the device, such as quantising them, and for tensors that the module
+        holds outside of its parameters and buffers: nobody but the precision can make these equal on all ranks. Not
+        called with ``move_to_device=False``.
+
+        Args:
+            module: what ``convert_module`` returned, on ``ranks.root_device``; not wrapped by the strategy yet.
+            ranks: the processes that set the module up together.
+        """
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Entered while the user creates tensors."""

@@ -174,6 +174,16 @@ class Strategy(Communicator):
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step what ``step_target`` returned."""
 
+    def zero_grad(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """What ``optimizer.zero_grad()`` does; override it where gradients are kept by more than the optimizer.
+
+        Args:
+            optimizer: as the strategy set it up.
+            *args: of the optimizer's own ``zero_grad``.
+            **kwargs: of the optimizer's own ``zero_grad``.
+        """
+        optimizer.zero_grad(*args, **kwargs)
+
     @abstractmethod
     def clip_gradients_norm(
         self, module: nn.Module, optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fabric_core.abc.overrides import overrides
+from fabric_core.abc.precision import Precision
 from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.facade.reporting import Reporting
 from fabric_core.wrappers.compile import unwrap_compiled
@@ -92,6 +94,8 @@ class SettingUp(Reporting):
         inner = module if not reapply_compile and converted is original else converted
         if move_to_device:
             move_module(converted, self._strategy)
+            if overrides(self._precision, Precision, "convert_placed_module"):
+                self._precision.convert_placed_module(converted, self._strategy)
         forward: nn.Module
         if recompile is not None and reapply_compile:
             forward, optimizers, scheduler = self._strategy.setup_compiled(inner, optimizers, scheduler, recompile)

@@ -18,6 +18,7 @@ import pluggy
 from fabric_core.abc.hooks import PROJECT, Candidate, Problem, ResolveContext
 
 if TYPE_CHECKING:
+    from fabric_core.checkpoint.foreign import CheckpointReader
     from fabric_core.registry.ref import PluginRef
     from fabric_core.registry.registry import Registry
     from fabric_core.types import Path
@@ -99,6 +100,15 @@ class HookSpecs:
     def fabric_environment_report(self) -> Mapping[str, Any] | None:
         """Facts for a bug report: versions, drivers, devices. Plain values by name."""
 
+    @hookspec(firstresult=True)
+    def fabric_checkpoint_reader(self, path: str) -> CheckpointReader | None:
+        """What reads the checkpoint in the local folder ``path``, if it is of the plugin's own layout; else ``None``.
+
+        Asked about folders that core does not know, by loads and by the command line. It looks at names of files and no
+        further. ``fabric_core.checkpoint.foreign`` says what a reader is; it is called outside of the hook, so that its
+        errors are those of the load.
+        """
+
 
 class HookRelay(Protocol):
     """The calling side of the hooks, as ``registry.hooks`` offers it. Arguments by keyword; no ``None`` in lists."""
@@ -141,6 +151,9 @@ class HookRelay(Protocol):
 
     def fabric_environment_report(self) -> list[Mapping[str, Any]]:
         """The reports of all plugins."""
+
+    def fabric_checkpoint_reader(self, *, path: str) -> CheckpointReader | None:
+        """The first answer."""
 
 
 HOOKS = frozenset(name for name in vars(HookSpecs) if name.startswith(f"{PROJECT}_"))

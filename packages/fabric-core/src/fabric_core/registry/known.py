@@ -36,6 +36,12 @@ NAMES: Final[dict[str, dict[str, str]]] = {
         "fp4-dq": _BNB,
         "int8": _BNB,
         "int8-training": _BNB,
+        "bnb-nf4": _BNB,
+        "bnb-nf4-dq": _BNB,
+        "bnb-fp4": _BNB,
+        "bnb-fp4-dq": _BNB,
+        "bnb-int8": _BNB,
+        "bnb-int8-training": _BNB,
     },
 }
 """Kind to name to distribution. A trailing ``*`` stands for any ending."""

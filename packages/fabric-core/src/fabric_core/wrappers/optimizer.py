@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from fabric_core.abc.overrides import overrides
 from fabric_core.abc.strategy import Strategy
 
 
@@ -29,6 +30,7 @@ class FabricOptimizer:
         own["_strategy"] = strategy
         own["_callbacks"] = callbacks if callbacks is not None else []
         own["_direct"] = not strategy.changes_step
+        own["_clear"] = strategy.zero_grad if overrides(strategy, Strategy, "zero_grad") else None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(optimizer, Adam) holds, without touching a class
@@ -52,8 +54,11 @@ class FabricOptimizer:
                 hook(strategy=self._strategy, optimizer=self.optimizer)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Clear the gradients, as the optimizer inside does."""
-        self.optimizer.zero_grad(*args, **kwargs)
+        """Clear the gradients, as the optimizer inside does, or as the strategy wants it."""
+        if self._clear is None:
+            self.optimizer.zero_grad(*args, **kwargs)
+        else:
+            self._clear(self.optimizer, *args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, through the strategy, so that one sharded over ranks is complete."""

@@ -1,0 +1,135 @@
+"""The one place that imports DeepSpeed: for one kind of device, without a word, and with clear errors."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from io import StringIO
+from types import ModuleType
+from typing import Any, Final
+
+from fabric_core.errors import IncompatiblePluginError, PluginLoadError, UsageError
+from fabric_deepspeed.build_locks import abandoned_locks
+from fabric_deepspeed.settings import ACCELERATOR
+
+OLDEST: Final = "0.18.0"
+"""The oldest release that this package works with, as its metadata says too."""
+
+LOGGER: Final = "DeepSpeed"
+"""The name of DeepSpeed's own logger. It writes to stdout."""
+
+
+def load(device_type: str | None = None) -> ModuleType:
+    """DeepSpeed, imported to work on devices of this type; ``None`` takes what it chose or chooses itself.
+
+    DeepSpeed decides at its first import which kind of device a process works on, and never again.
+
+    Raises:
+        ImportError: it is not installed, or importing it failed; the cause is chained.
+        RuntimeError: its release is too old, or it works on another kind of device in this process.
+    """
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is None:
+        check_release()
+        deepspeed = _import(device_type)
+    chosen = deepspeed.accelerator.get_accelerator()._name
+    if device_type is not None and chosen != device_type:
+        raise UsageError(
+            f"DeepSpeed works on {chosen!r} in this process, and cannot change that, but {device_type!r} is asked for "
+            f"now. It was imported before, by the program or for another Fabric. Use accelerator={chosen!r}, start "
+            f"another process, or set {ACCELERATOR.name}={device_type} before DeepSpeed is imported."
+        )
+    return deepspeed
+
+
+def check_release() -> None:
+    """``ImportError`` if DeepSpeed is not installed, ``RuntimeError`` if its release is too old. Imports nothing."""
+    if find_spec("deepspeed") is None:
+        raise PluginLoadError("The strategy needs DeepSpeed, which is not installed: pip install deepspeed")
+    from packaging.version import Version
+
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:  # a source tree on the path: trust it
+        return
+    if Version(found).release < Version(OLDEST).release:
+        raise IncompatiblePluginError(
+            f"DeepSpeed {found} is installed, and fabric-deepspeed needs {OLDEST} or newer: "
+            f"pip install --upgrade 'deepspeed>={OLDEST}'"
+        )
+
+
+def _import(device_type: str | None) -> ModuleType:
+    given = ACCELERATOR.text() or None
+    if given is not None and device_type is not None and given != device_type:
+        raise UsageError(
+            f"The environment says {ACCELERATOR.name}={given}, but the devices chosen are of type {device_type!r}. "
+            f"Unset the variable, or choose the devices that it names: Fabric(accelerator={given!r}, ...)."
+        )
+    if device_type is not None:
+        ACCELERATOR.set(device_type)
+    try:
+        with _quiet():
+            return importlib.import_module("deepspeed")
+    except Exception as error:
+        raise PluginLoadError(
+            f"DeepSpeed is installed, but importing it for devices of type {device_type or 'its own choice'!r} failed: "
+            f"{type(error).__name__}: {error}. Nothing else is affected; other strategies work."
+        ) from error
+    finally:
+        if given is None:
+            ACCELERATOR.unset()
+
+
+def start_communication(deepspeed: ModuleType, process_group_backend: str) -> None:
+    """Have DeepSpeed use the process group that this process is in. Every rank calls it.
+
+    On CPUs this builds DeepSpeed's shared-memory collectives at the first use, which takes a minute.
+
+    Raises:
+        ImportError: a native part could not be built or loaded; the cause is chained.
+    """
+    for lock in abandoned_locks():
+        warnings.warn(
+            f"A build of one of DeepSpeed's native parts was interrupted and left its lock behind. Whoever needs that "
+            f"part waits for it without end. If no build is running, remove {lock}",
+            stacklevel=2,
+        )
+    try:
+        with _quiet(), redirect_stdout(StringIO()):  # it prints what it has built, on every rank
+            deepspeed.init_distributed(
+                dist_backend=process_group_backend, dist_init_required=False, auto_mpi_discovery=False, verbose=False
+            )
+    except Exception as error:
+        raise PluginLoadError(
+            "DeepSpeed could not build or load one of its native parts: "
+            f"{type(error).__name__}: {error}. Building needs a C++ compiler (g++), ninja on PATH and py-cpuinfo: "
+            "pip install ninja py-cpuinfo"
+        ) from error
+
+
+def visibility_variables(deepspeed: ModuleType) -> str:
+    """The environment variable that hides devices from a process, such as ``CUDA_VISIBLE_DEVICES``."""
+    names: list[str] = deepspeed.accelerator.get_accelerator().visible_devices_envs()
+    return " or ".join(names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed's log shows warnings and errors only, whatever level it sets meanwhile."""
+    logger = logging.getLogger(LOGGER)
+    logger.addFilter(_is_serious)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_serious)
+
+
+def _is_serious(record: Any) -> bool:
+    return bool(record.levelno >= logging.WARNING)

@@ -1,0 +1,148 @@
+"""A live engine's parameters, and where the optimizer keeps this rank's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fabric_core.checkpoint.portable import clean_name
+from fabric_deepspeed.checkpoint.partitions import partition_length
+from fabric_deepspeed.engine import Engine
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's elements of a parameter in the optimizer's flat memory.
+
+    Attributes:
+        flat: number of the flat tensor.
+        start: first element there.
+        first: first element in the parameter.
+        length: how many.
+    """
+
+    flat: int
+    start: int
+    first: int
+    length: int
+
+    def put(self, value: Tensor, memory: Tensor) -> None:
+        """Copy this rank's elements of the whole ``value`` to the flat tensor ``memory``."""
+        memory[self.start : self.start + self.length].copy_(value.reshape(-1)[self.first : self.first + self.length])
+
+    def get(self, memory: Tensor, whole: Tensor) -> None:
+        """Copy them from the flat tensor to their place in the contiguous ``whole``."""
+        whole.view(-1)[self.first : self.first + self.length].copy_(memory[self.start : self.start + self.length])
+
+
+@dataclass(frozen=True)
+class FlatOptimizer:
+    """The optimizer of an engine that keeps the weights it steps in flat tensors, of which each rank has a share.
+
+    Attributes:
+        base: the optimizer that steps them, with its state by flat tensor.
+        flats: float32 weights, on the CPU if they are offloaded.
+        groups: for each parameter group, the names of its parameters; the same on all ranks.
+        flats_of: for each parameter group, the numbers of its flat tensors.
+        fragments: by name; parameters of which this rank has nothing are not there.
+    """
+
+    base: torch.optim.Optimizer
+    flats: list[Tensor]
+    groups: list[list[str]]
+    flats_of: list[list[int]]
+    fragments: dict[str, Fragment] = field(repr=False)
+
+
+def names_of(engine: Engine) -> dict[nn.Parameter, str]:
+    """Every parameter with its first name, without what wrappers inside the module add to it."""
+    return {parameter: clean_name(name) for name, parameter in engine.module.named_parameters()}
+
+
+def live_state(engine: Engine) -> dict[str, Any]:
+    """The module's state by clean names, with the parameters themselves."""
+    state: Mapping[str, Any] = engine.module.state_dict(keep_vars=True)
+    return {clean_name(key): value for key, value in state.items()}
+
+
+def is_split(value: Any) -> bool:
+    """Whether a parameter is in parts, as at stage 3."""
+    return hasattr(value, "ds_id")
+
+
+def shape_of(value: Any) -> torch.Size:
+    """A parameter's shape, also where it is in parts."""
+    return torch.Size(value.ds_shape if is_split(value) else value.shape)
+
+
+def gathered(parameters: Sequence[Tensor], writer: int | None = None) -> AbstractContextManager[None]:
+    """While entered, parameters in parts are whole. Every rank enters; what rank ``writer`` writes is kept by all."""
+    from deepspeed import zero
+
+    context: AbstractContextManager[None] = zero.GatheredParameters(
+        [parameter for parameter in parameters if is_split(parameter)], modifier_rank=writer
+    )
+    return context
+
+
+def flat_optimizer(engine: Engine) -> FlatOptimizer | None:
+    """The engine's optimizer if it is of the kind that stages 1 to 3 use."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _of_stage_3(engine, optimizer)
+    for flats, groups in (
+        ("single_partition_of_fp32_groups", "bit16_groups"),
+        ("fp32_groups_flat_partition", "bf16_groups"),
+    ):
+        if hasattr(optimizer, flats):
+            return _of_stage_1_and_2(engine, optimizer, getattr(optimizer, flats), getattr(optimizer, groups))
+    return None
+
+
+def _of_stage_1_and_2(
+    engine: Engine, optimizer: Any, flats: list[Tensor], groups: list[list[nn.Parameter]]
+) -> FlatOptimizer:
+    names = names_of(engine)
+    fragments: dict[str, Fragment] = {}
+    for flat, group in enumerate(groups):
+        for parameter in group:
+            mapping: Any = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+                fragments[names[parameter]] = Fragment(flat, there.start, here.start, here.numel)
+    named = [[names[parameter] for parameter in group] for group in groups]
+    return FlatOptimizer(optimizer.optimizer, flats, named, [[flat] for flat in range(len(flats))], fragments)
+
+
+def _of_stage_3(engine: Engine, optimizer: Any) -> FlatOptimizer:
+    names = names_of(engine)
+    fragments: dict[str, Fragment] = {}
+    count = 1 + max(optimizer.sub_group_to_group_id.values(), default=-1)
+    groups: list[list[str]] = [[] for _ in range(count)]
+    flats_of: list[list[int]] = [[] for _ in range(count)]
+    for flat, parameters in enumerate(optimizer.fp16_groups):
+        group = optimizer.sub_group_to_group_id[flat]
+        groups[group].extend(names[parameter] for parameter in parameters)
+        flats_of[group].append(flat)
+        start = 0
+        for parameter in parameters:
+            length = partition_length(parameter.ds_numel, _ranks_of(parameter))
+            first = _rank_of(parameter) * length
+            own = min(length, parameter.ds_numel - first)
+            if own > 0:
+                fragments[names[parameter]] = Fragment(flat, start, first, own)
+            start += length
+    return FlatOptimizer(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, groups, flats_of, fragments)
+
+
+def _rank_of(parameter: Any) -> int:
+    return int(torch.distributed.get_rank(parameter.ds_process_group))
+
+
+def _ranks_of(parameter: Any) -> int:
+    return int(torch.distributed.get_world_size(parameter.ds_process_group))

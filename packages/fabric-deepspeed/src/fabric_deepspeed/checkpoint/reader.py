@@ -1,0 +1,20 @@
+"""The reader that core asks for: DeepSpeed's checkpoints under every strategy, and on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DeepSpeedReader:
+    """Reads the folder that DeepSpeed writes, as ``fabric_core.checkpoint.foreign`` says."""
+
+    format = "deepspeed"
+
+    def __call__(self, path: str, weights_only: bool | None) -> dict[str, Any]:
+        """Float32 weights, the optimizer's state by names, and the rest of what the user saved, by the user's names.
+
+        Checkpoints that were not written by Fabric have none: the module is ``"model"``, its optimizer ``"optimizer"``.
+        """
+        from fabric_deepspeed.checkpoint.saved import SavedEngine
+
+        return SavedEngine(path, weights_only).content()

@@ -1,0 +1,1 @@
+"""DeepSpeed's configuration: typed sections, where it is read from, and how it is put together."""

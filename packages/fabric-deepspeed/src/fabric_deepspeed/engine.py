@@ -1,0 +1,73 @@
+"""DeepSpeed engines: making one for training or for inference, finding the one of an object, and ending it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Final, TypeAlias
+
+from torch import nn
+from torch.optim import Optimizer
+
+Engine: TypeAlias = Any
+"""A ``deepspeed.DeepSpeedEngine``, which has no types."""
+
+_known: Final[weakref.WeakKeyDictionary[Any, weakref.ref[Engine]]] = weakref.WeakKeyDictionary()
+"""Engine by what a user may hold of it: the engine, the module inside, the optimizer given and the one made of it."""
+
+
+def engine_of(obj: Any) -> Engine | None:
+    """The live engine for an engine, for the module inside one, or for an optimizer that one owns; else ``None``."""
+    try:
+        found = _known.get(obj)
+    except TypeError:  # not hashable, or without weak references: nothing of an engine
+        return None
+    return None if found is None else found()
+
+
+def build_engine(
+    deepspeed: ModuleType, module: nn.Module, optimizer: Optimizer | None, scheduler: Any, config: Mapping[str, Any]
+) -> Engine:
+    """An engine around ``module``, in place: DeepSpeed moves, casts and splits the parameters. Every rank calls it.
+
+    Args:
+        deepspeed: the package.
+        module: bare, never compiled.
+        optimizer: over parameters of the module; without one the engine is for inference.
+        scheduler: to be stepped by the engine after each step; ``None`` for none.
+        config: DeepSpeed's dictionary, final. It is copied.
+    """
+    document = copy.deepcopy(dict(config))
+    if optimizer is None:
+        document = _for_inference(document)
+    engine, made, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=document, dist_init_required=False
+    )
+    for holder in (engine, module, optimizer, made):
+        if holder is not None:
+            _known[holder] = weakref.ref(engine)
+    return engine
+
+
+def _for_inference(document: dict[str, Any]) -> dict[str, Any]:
+    """Without what needs an optimizer; stages 1 and 2 split nothing but its state and the gradients."""
+    document = {key: value for key, value in document.items() if key not in ("optimizer", "scheduler")}
+    zero = document.get("zero_optimization") or {}
+    if zero.get("stage", 0) in (1, 2):
+        document["zero_optimization"] = {"stage": 0}
+    elif "offload_optimizer" in zero:
+        document["zero_optimization"] = {key: value for key, value in zero.items() if key != "offload_optimizer"}
+    return document
+
+
+def destroy_engine(engine: Engine) -> None:
+    """Take the engine's hooks off the module and its parameters, and free its buffers."""
+    for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+        hook = engine.__dict__.get(name)
+        if hook is not None:
+            hook.remove()
+    engine.destroy()
+    for holder in [holder for holder, found in _known.items() if found() in (engine, None)]:
+        del _known[holder]

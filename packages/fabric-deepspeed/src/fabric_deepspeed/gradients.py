@@ -1,0 +1,187 @@
+"""What has become of an engine's gradients since its last step, so that each call does what it does elsewhere."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from torch import Tensor
+
+from fabric_core.errors import InvalidArgumentError, UnsupportedError, UsageError
+from fabric_deepspeed.engine import Engine
+
+_ACCUMULATE: Final = (
+    "To accumulate gradients, run all backward passes but the last of a step under fabric.no_backward_sync(model), or "
+    'set "gradient_accumulation_steps" in DeepSpeed\'s config and call optimizer.step() after each.'
+)
+
+
+class Gradients:
+    """The gradients of one engine that trains.
+
+    DeepSpeed exchanges gradients in the backward pass that is at a boundary: by default every one.
+
+    Attributes:
+        stage: ZeRO's.
+        managed: DeepSpeed counts backward passes; otherwise its step is the boundary, whatever was before.
+        pending: the last backward pass only accumulated; the exchange between processes is still to come.
+        ready: gradients are exchanged and wait for the step.
+        held_back: inside ``no_backward_sync``.
+        undo_clipping: puts back what ``clip_gradients`` set for the next step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        self.stage = int(engine.zero_optimization_stage())
+        self.managed = bool(getattr(engine, "managed_gradient_accumulation", lambda: True)())
+        self.pending = False
+        self.ready = False
+        self.held_back = False
+        self.undo_clipping: Callable[[], None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; ``None`` once nobody holds it any more."""
+        return self._engine()
+
+    def hold_back(self, held_back: bool) -> None:
+        """Whether backward passes only accumulate from now on, or exchange where the engine counts the boundary."""
+        self.held_back = held_back
+        engine = self.engine
+        engine.set_gradient_accumulation_boundary(False if held_back else None)
+        if not held_back:  # the optimizer has a copy, and would take None for False until the next forward
+            tell = getattr(engine.optimizer, "set_gradient_accumulation_boundary", _nothing)
+            tell(engine.is_gradient_accumulation_boundary())
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Backward through the engine."""
+        if retain_graph and self.stage == 3:
+            raise UnsupportedError(
+                "fabric.backward(retain_graph=True): ZeRO stage 3 frees the parameters during backward, so a graph cannot "
+                "be gone through twice. Add the losses up and go backward once, or use stage 2."
+            )
+        if self.ready and self.stage in (1, 2):
+            raise UsageError(
+                f"fabric.backward() was called again before optimizer.step(): ZeRO stage {self.stage} would drop the "
+                f"gradients of the call before. {_ACCUMULATE}"
+            )
+        if loss.numel() != 1 or loss.grad_fn is None:
+            raise _no_loss(loss)
+        engine = self._engine()
+        last = engine.is_gradient_accumulation_boundary()
+        engine.backward(loss, retain_graph=retain_graph)
+        if self.managed:
+            self.ready, self.pending = self.ready or last, not last
+
+    def step(self) -> None:
+        """Step the engine, which clears the gradients too."""
+        if self.held_back:
+            raise UsageError(
+                "optimizer.step() was called inside fabric.no_backward_sync(), where gradients are not exchanged. Step "
+                "outside of it, or pass enabled=False for the last backward pass of each step."
+            )
+        engine = self._engine()
+        last = engine.is_gradient_accumulation_boundary()
+        if self.pending and last:
+            self.exchange()
+        try:
+            engine.step()
+        finally:
+            if last or not self.managed:
+                self._forget()
+
+    def _forget(self) -> None:
+        self.ready = self.pending = False
+        if self.undo_clipping is not None:
+            undo, self.undo_clipping = self.undo_clipping, None
+            undo()
+
+    def exchange(self) -> None:
+        """Exchange what was accumulated, as a last backward pass would have done. Every rank calls it.
+
+        Raises:
+            NotImplementedError: this release of DeepSpeed cannot do that with gradients that it has offloaded.
+        """
+        engine = self.engine
+        finish = getattr(engine.optimizer, "finalize_gradient_accumulation_boundary", None)
+        if self.stage >= 2 and finish is not None:
+            finish()
+        elif self.stage >= 2 and self._offloaded:
+            raise UnsupportedError(
+                "All backward passes of this step were run under fabric.no_backward_sync(), and this release of DeepSpeed "
+                "cannot take up offloaded gradients later. Run the last one outside, or install a newer release."
+            )
+        else:
+            with _without_overlap(engine.optimizer):
+                engine.allreduce_gradients()
+        self.ready, self.pending = True, False
+
+    def discard(self) -> None:
+        """Forget all gradients since the last step."""
+        if not (self.ready or self.pending):
+            return  # the engine clears them in each step, so most calls end here
+        engine = self.engine
+        optimizer = engine.optimizer
+        engine.zero_grad()
+        if optimizer is not engine.basic_optimizer:
+            optimizer.zero_grad()
+        if self.stage in (1, 2):
+            for name in ("averaged_gradients", "all_grad_tensors"):
+                kept = getattr(optimizer, name, {})
+                kept.update(dict.fromkeys(kept))
+        if self.stage in (1, 2) and hasattr(optimizer, "micro_step_id"):
+            optimizer.micro_step_id = -1
+        for name in ("_release_preflattened_grad_buffers", "clear_hp_grads"):
+            getattr(optimizer, name, _nothing)()
+        if self._offloaded:
+            optimizer.reset_cpu_buffers()
+        self._forget()
+
+    @property
+    def _offloaded(self) -> bool:
+        optimizer = self.engine.optimizer
+        return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
+def _no_loss(tensor: Tensor) -> Exception:
+    if tensor.numel() != 1:
+        return UnsupportedError(
+            f"fabric.backward() was given a tensor of shape {tuple(tensor.shape)}: DeepSpeed goes backward from one "
+            "number alone. Reduce it, fabric.backward(loss.mean())."
+        )
+    return InvalidArgumentError(
+        "fabric.backward() was given a tensor that no computation with gradients led to. Compute the loss from the "
+        "outputs of the module that fabric.setup() returned, outside of torch.no_grad()."
+    )
+
+
+def retain_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """The one argument of ``Tensor.backward`` that DeepSpeed takes; ``NotImplementedError`` for the others."""
+    given = dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), args, strict=False)) | kwargs
+    keep = bool(given.pop("retain_graph", False))
+    refused = [name for name, value in given.items() if value is not None and value is not False]
+    if refused:
+        raise UnsupportedError(
+            f"fabric.backward({refused[0]}=...): DeepSpeed's engine runs backward by itself and takes retain_graph "
+            "alone. Leave it away, or choose another strategy."
+        )
+    return keep
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@contextmanager
+def _without_overlap(optimizer: Any) -> Iterator[None]:
+    """Where gradients travel during backward, the optimizer does not look for others afterwards."""
+    before = getattr(optimizer, "overlap_comm", None)
+    if before is not None:
+        optimizer.overlap_comm = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            optimizer.overlap_comm = before

@@ -1,0 +1,24 @@
+"""Building a model under ``init_module``: at stage 3 each layer is split over the processes as soon as it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+
+@contextmanager
+def split_while_building(deepspeed: ModuleType, config: Mapping[str, Any], remote_device: str | None) -> Iterator[None]:
+    """Entered while a module is built. Every rank builds the same one; the values are those of rank 0.
+
+    A layer initialises itself before it is split. What a module does to the weights of its children afterwards reaches
+    them through ``Module.apply`` only, or inside ``deepspeed.zero.GatheredParameters``.
+
+    Args:
+        deepspeed: the package.
+        config: DeepSpeed's dictionary, final: it holds the dtype and where parameters are kept.
+        remote_device: where the parts are kept if the dictionary does not say; ``None`` for the device.
+    """
+    with deepspeed.zero.Init(config_dict_or_path=dict(config), remote_device=remote_device):
+        yield

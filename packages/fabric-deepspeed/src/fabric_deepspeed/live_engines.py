@@ -1,0 +1,67 @@
+"""The engines that a strategy has set up and that are still held by somebody."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+from fabric_core.errors import InvalidArgumentError, UsageError
+from fabric_deepspeed.engine import Engine, engine_of
+from fabric_deepspeed.gradients import Gradients
+
+
+class LiveEngines:
+    """Knows the engines without keeping them alive: the modules that ``setup`` returned do that."""
+
+    def __init__(self) -> None:
+        self._engines: list[weakref.ref[Engine]] = []
+        self._trained: list[Gradients] = []
+        self._gradients: weakref.WeakKeyDictionary[Engine, Gradients] = weakref.WeakKeyDictionary()
+
+    def add(self, engine: Engine, *, trains: bool) -> None:
+        """Remember an engine."""
+        self._engines = [found for found in self._engines if found() is not None] + [weakref.ref(engine)]
+        if trains:
+            self._gradients[engine] = gradients = Gradients(engine)
+            self._trained = [one for one in self._trained if one.engine is not None] + [gradients]
+
+    def __iter__(self) -> Any:
+        return iter([engine for found in self._engines if (engine := found()) is not None])
+
+    def find(self, obj: Any) -> Gradients | None:
+        """The gradients of the engine that trains ``obj``: an engine, its module or its optimizer."""
+        engine = engine_of(obj)
+        return None if engine is None else self._gradients.get(engine)
+
+    def of(self, obj: Any, call: str) -> Gradients:
+        """What ``find`` finds; ``RuntimeError`` that names the ``call`` if that is nothing."""
+        gradients = self.find(obj)
+        if gradients is None:
+            raise UsageError(
+                f"{call} was given a {type(obj).__name__} that no live DeepSpeed engine trains. Set up model and "
+                "optimizer together, model, optimizer = fabric.setup(model, optimizer), and keep both."
+            )
+        return gradients
+
+    def only(self) -> Gradients:
+        """The gradients of the one engine that trains.
+
+        Raises:
+            RuntimeError: there is none.
+            ValueError: there are several.
+        """
+        if len(self._trained) != 1 or self._trained[0].engine is None:
+            gc.collect()  # an engine that nobody holds any more may live on in a cycle
+            self._trained = [one for one in self._trained if one.engine is not None]
+        if len(self._trained) > 1:
+            raise InvalidArgumentError(
+                f"{len(self._trained)} models are set up to be trained by DeepSpeed, each with a backward pass of its "
+                "own. Say which one the loss comes from: fabric.backward(loss, model=model)."
+            )
+        if not self._trained:
+            raise UsageError(
+                "fabric.backward() goes through a DeepSpeed engine, and no model is set up to be trained. Set it up "
+                "with its optimizer first: model, optimizer = fabric.setup(model, optimizer)."
+            )
+        return self._trained[0]
