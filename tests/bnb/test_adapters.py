@@ -6,9 +6,12 @@ from bitsandbytes.optim import AdamW8bit
 from torch import nn
 from torch.nn import functional
 
+from fabric_bnb import BitsandbytesPrecision, QuantizedLinear4bit
 from fabric_core import Fabric
 
-MODES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"]
+DTYPES = dict.fromkeys(["nf4", "nf4-dq", "fp4", "fp4-dq"], torch.uint8)
+DTYPES |= {"int8": torch.int8, "int8-training": torch.float16}
+MODES = list(DTYPES)
 FEATURES, RANK = 128, 32  # RANK x FEATURES is 4096: large enough for 8-bit optimizer state
 
 
@@ -87,14 +90,10 @@ def test_only_the_layers_are_quantised_and_only_the_adapters_train(mode):
     fabric, model, optimizer = started(mode)
     train(fabric, model, optimizer, range(1))
     for layer in (model.module[0], model.module[2]):
-        assert layer.base.weight.dtype == (layer.base.weight.dtype if mode == "int8-training" else layer_dtype(mode))
+        assert layer.base.weight.dtype == DTYPES[mode]
         assert layer.base.weight.grad is None
         assert layer.down.dtype == layer.up.dtype == torch.float32
         assert optimizer.state[layer.down]["state1"].dtype == torch.uint8
-
-
-def layer_dtype(mode):
-    return torch.int8 if mode == "int8" else torch.uint8
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -152,3 +151,68 @@ def test_two_processes_train_as_one(mode, workers, tmp_path):
     assert train(fabric, model, optimizer, range(4)) == pytest.approx(first[0], rel=2e-2)
     fabric.load(tmp_path / "adapters.ckpt", {"model": model}, strict=False)
     assert [parameter.detach().numpy().tobytes() for parameter in adapters(model)] == first[1]
+
+
+class WithLinear(nn.Module):
+    """An adapter made of linear layers, as other packages make them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_a = nn.Linear(base.in_features, RANK, bias=False)
+        self.lora_b = nn.Linear(RANK, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.lora_b(self.lora_a(x))
+
+
+def test_adapters_made_of_linear_layers_stay_if_they_are_named():
+    model = nn.Sequential(WithLinear(nn.Linear(FEATURES, FEATURES)))
+    names = {name for name, _ in model.named_modules() if "lora_" in name}
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=BitsandbytesPrecision("nf4", ignore_modules=names))
+    model, optimizer = fabric.setup(model, AdamW8bit(adapters(model), lr=1e-2))
+    check_that_only_the_base_is_quantised(fabric, model, optimizer)
+
+
+def test_adapters_put_beside_layers_that_are_quantised_already_stay():
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bnb-nf4")
+    with fabric.init_module():
+        base = nn.Sequential(nn.Linear(FEATURES, FEATURES))
+    model = nn.Sequential(WithLinear(base[0]))
+    model, optimizer = fabric.setup(model, AdamW8bit(adapters(model), lr=1e-2))
+    check_that_only_the_base_is_quantised(fabric, model, optimizer)
+
+
+def check_that_only_the_base_is_quantised(fabric, model, optimizer):
+    layer = model.module[0]
+    assert isinstance(layer.base, QuantizedLinear4bit)
+    assert layer.base.is_quantized
+    assert type(layer.lora_a) is type(layer.lora_b) is nn.Linear
+    losses = train(fabric, model, optimizer, range(30))
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def base_per_rank():
+    """Every rank builds another base; what its layers and its model compute after set-up."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision="bnb-nf4-dq")
+    fabric.launch()
+    torch.manual_seed(fabric.global_rank)
+    model = fabric.setup(nn.Sequential(Adapted(nn.Linear(FEATURES, FEATURES))))
+    with torch.no_grad():
+        return model.module[0].base.dequantize().numpy().tobytes(), model(batch()).numpy().tobytes()
+
+
+def test_all_ranks_have_the_base_of_rank_0(workers):
+    first, second = workers(2).run(base_per_rank)
+    assert first == second
+
+
+def test_float16_weights_multiplied_in_8_bits_learn_with_an_8_bit_optimizer():
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bnb-int8-training")
+    module = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
+    model, optimizer = fabric.setup(module, AdamW8bit(module.parameters(), lr=1e-2))
+    losses = train(fabric, model, optimizer, range(30))
+    assert {layer.weight.dtype for layer in (model.module[0], model.module[2])} == {torch.float16}
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])

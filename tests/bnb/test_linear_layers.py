@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -20,6 +21,7 @@ KINDS = {
     "fp4-dq": (QuantizedLinear4bit, {"quant_type": "fp4", "nested": True}),
     "int8": (QuantizedLinear8bit, {}),
 }
+VERSION = tuple(map(int, bitsandbytes.__version__.split(".")[:2]))
 FROZEN = pytest.mark.parametrize("mode", list(KINDS))
 ALL = pytest.mark.parametrize("mode", [*KINDS, "int8-training"])
 
@@ -159,6 +161,8 @@ def test_four_bits_compute_in_the_dtype_that_is_asked_for(mode, dtype):
 @ALL
 @pytest.mark.parametrize("sizes", [(7, 5), (65, 33), (1, 1), (130, 96)])
 def test_any_size_works(mode, sizes):
+    if "4" in mode and sizes[0] * sizes[1] % 2 and VERSION < (0, 50):
+        pytest.skip("bitsandbytes before 0.50 does not quantise an odd number of values to 4 bits on the CPU")
     layer, x = unquantized(mode, *sizes), inputs(3, sizes[0], requires_grad=True)
     y = layer(x)
     y.sum().backward()

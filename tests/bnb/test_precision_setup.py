@@ -1,6 +1,8 @@
 """What ``Fabric(precision="bnb-...")`` does with a module at set-up, and what it refuses."""
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from torch import nn
 
 from fabric_bnb import BitsandbytesPrecision, QuantizedLinear4bit, QuantizedLinear8bit, TrainableLinear8bit
 from fabric_core import Fabric
-from fabric_core.errors import InvalidArgumentError, InvalidTypeError, PluginLoadError, UsageError
+from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UsageError
 from fabric_core.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from fabric_core.testing.fake import FakeStrategy
+from fabric_core.testing.fake import FakeAccelerator
 from fabric_core.warnings import PossibleUserWarning
 
 MODES = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"]
@@ -147,7 +149,7 @@ def test_names_to_ignore_are_a_collection_of_names(ignored):
 
 
 def test_a_module_without_linear_layers_is_refused():
-    with pytest.raises(TypeError, match="quantises torch.nn.Linear layers, and Conv2d has none. Use another"):
+    with pytest.raises(TypeError, match=r"quantises torch\.nn\.Linear layers, and Conv2d has none\. Use another"):
         fabric_of("bnb-nf4").setup(nn.Conv2d(1, 1, 1))
 
 
@@ -244,9 +246,6 @@ def test_setting_up_a_second_time_changes_nothing():
 
 
 def test_the_weights_of_linear_layers_are_let_go_of():
-    import gc
-    import weakref
-
     block = Block()
     weight = weakref.ref(block.inner.weight)
     fabric_of("bnb-nf4").setup(block)
@@ -313,8 +312,6 @@ def test_a_precision_can_be_sent_to_another_process():
 
 
 def test_an_accelerator_that_cannot_do_it_is_refused(fake_backend, monkeypatch):
-    from fabric_core.testing.fake import FakeAccelerator
-
     monkeypatch.setattr(FakeAccelerator, "device_type", classmethod(lambda cls: "mps"))
     with pytest.raises(UsageError, match=r"precision='bnb-nf4' .* does not run on .*It runs on: cpu, cuda, hpu, xpu"):
         Fabric(accelerator="fake", devices=1, precision="bnb-nf4")
@@ -331,7 +328,7 @@ class Joint(SingleDeviceStrategy):
 
 
 def test_strategies_that_bring_an_engine_are_refused():
-    with pytest.raises(InvalidArgumentError, match="strategy=.*whose engine casts and moves parameters by itself"):
+    with pytest.raises(InvalidArgumentError, match=r"strategy=.*whose engine casts and moves parameters by itself"):
         fabric_of("bnb-nf4", strategy=Joint())
 
 
@@ -345,11 +342,16 @@ def test_other_precisions_are_not_this_packages_business():
     assert fabric_of("bf16-true", strategy=Joint()).setup(Block()) is not None
 
 
-def test_the_names_are_not_given_to_strangers():
-    from fabric_core.registry import Registry
+def test_no_more_than_one_weight_is_there_in_full_and_in_few_bits(monkeypatch):
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    full = [weakref.ref(layer.weight.untyped_storage()) for layer in net]
+    alive, pack = [], QuantizedLinear4bit.pack
 
-    with pytest.raises(PluginLoadError if False else ValueError, match="pip install fabric-bnb"):
-        Registry(entry_points=()).find("precision", "bnb-nf4")
+    def noting(layer, weight):
+        gc.collect()
+        alive.append(sum(storage() is not None for storage in full))
+        pack(layer, weight)
 
-
-assert FakeStrategy
+    monkeypatch.setattr(QuantizedLinear4bit, "pack", noting)
+    fabric_of("bnb-nf4").setup(net)
+    assert alive == [4, 3, 2, 1]

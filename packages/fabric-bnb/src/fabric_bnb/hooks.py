@@ -14,18 +14,19 @@ from fabric_core.warnings import possible_user_warning
 def fabric_validate(plan: Any) -> Iterable[Problem]:
     """Refuse strategies that would split quantised weights, or hand them to an engine of their own."""
     if not _is_ours(plan.precision.value):
-        return
+        return []
     strategy = plan.strategy.value
-    names = f"precision={plan.precision.name!r} ({plan.precision.origin}) cannot be used with " + (
-        f"strategy={plan.strategy.name!r} ({plan.strategy.origin})"
-    )
-    fix = 'Use strategy="ddp" or a single device.'
     if strategy.shards_in_place:
-        yield Problem(f"{names}, which splits parameters: a quantised weight and its scales cannot be split.", fix)
+        reason = "which splits parameters: a quantised weight cannot be split apart from its scales."
     elif strategy.setup_mode == "joint":
-        yield Problem(
-            f"{names}, whose engine casts and moves parameters by itself: that would destroy quantised ones.", fix
-        )
+        reason = "whose engine casts and moves parameters by itself: that would destroy quantised ones."
+    else:
+        return []
+    message = (
+        f"precision={plan.precision.name!r} ({plan.precision.origin}) cannot be used with "
+        f"strategy={plan.strategy.name!r} ({plan.strategy.origin}), {reason}"
+    )
+    return [Problem(message, 'Use strategy="ddp" or a single device.')]
 
 
 @hookimpl

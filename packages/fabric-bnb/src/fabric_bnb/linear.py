@@ -170,6 +170,8 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         weight = self._parameters["weight"]
+        if not self.quantizes:
+            return nn.Module._apply(self, fn, recurse)
         self._parameters["weight"] = None
         try:
             nn.Module._apply(self, fn, recurse)
@@ -196,14 +198,12 @@ class QuantizedLinear(nn.Linear):
     def _apply_to_plain(self, fn: Callable[[Tensor], Tensor]) -> None:
         weight = self.weight
         applied = fn(weight.data)
-        if weight.is_meta and not applied.is_meta and self.quantizes:
+        if weight.is_meta and not applied.is_meta:
             self._pack_nothing(applied)  # memory as it came
-        elif applied.device.type in ("cpu", "meta") or not self.quantizes:
-            # Nothing tells a cast from a move on the CPU, and an initialisation may be about to follow.
-            if applied.device == weight.device:
-                weight.data = applied
-            else:
-                self._parameters["weight"] = nn.Parameter(applied, requires_grad=weight.requires_grad)
+        elif applied.is_meta and not weight.is_meta:
+            self._parameters["weight"] = nn.Parameter(applied, requires_grad=False)
+        elif applied.device.type in ("cpu", "meta"):
+            weight.data = applied  # nothing tells a cast from a move here, and an initialisation may be about to follow
         else:
             self.pack(applied)
 

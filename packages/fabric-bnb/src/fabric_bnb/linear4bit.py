@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fabric_bnb import backend
 from fabric_bnb.linear import QuantizedLinear
@@ -149,6 +149,12 @@ class QuantizedLinear4bit(QuantizedLinear, bnb.nn.Linear4bit):  # type: ignore[m
             return f"is {shape} in the state dict and {expected} in the layer."
         size, needed = packed.numel() * packed.element_size(), (self.out_features * self.in_features + 1) // 2
         return None if size == needed else f"has {size} bytes in the state dict, but 4 bits per value are {needed}."
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if self.is_quantized:
+            parts = self.quant_state.as_dict(packed=True)
+            destination.update({f"{prefix}weight.{name}": part for name, part in parts.items()})
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``(n, in_features)`` times the quantised weight, plus the bias."""

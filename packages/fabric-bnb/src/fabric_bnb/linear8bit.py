@@ -125,6 +125,12 @@ class QuantizedLinear8bit(QuantizedLinear, bnb.nn.Linear8bitLt):  # type: ignore
         out: Tensor = bnb.matmul(x, self.weight, bias=bias, state=self.state)
         return out
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if self.is_quantized:
+            destination[f"{prefix}SCB"] = self.state.SCB
+            destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8, device="cpu")  # by rows
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["state"] = _fresh_state(self.state)
@@ -190,6 +196,9 @@ class TrainableLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         bias = None if self.bias is None else self.bias.to(torch.float16)
         flat = bnb.matmul(input.reshape(-1, self.in_features).to(torch.float16), self.weight, bias=bias, state=state)
         return flat.reshape(*input.shape[:-1], self.out_features).to(input.dtype)  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,

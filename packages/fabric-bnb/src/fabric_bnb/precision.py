@@ -40,6 +40,7 @@ class BitsandbytesPrecision(Precision):
         dtype: what quantised layers compute in. By default float16 for 8 bits, which take no other; for 4 bits
             bfloat16 if the device computes in it, float16 otherwise.
         ignore_modules: names of modules whose linear layers stay as they are; each stands for all inside it too.
+        device: type of the device it is for, as ``Fabric(...)`` passes it; torch's accelerator or the CPU if not given.
 
     Raises:
         ValueError: another mode, or a dtype that the mode cannot compute in.
