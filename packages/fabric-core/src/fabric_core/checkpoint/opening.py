@@ -1,14 +1,15 @@
-"""Opening a checkpoint for loading: a file or a folder, by every rank for itself or by rank 0 for all."""
+"""Opening a checkpoint for loading: a file, a folder, or what a plugin reads; by every rank or by rank 0 for all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fabric_core.checkpoint.agreement import together
 from fabric_core.checkpoint.folder import FolderCheckpoint, open_folder
+from fabric_core.checkpoint.foreign import ForeignCheckpoint, find_foreign, open_foreign
 from fabric_core.checkpoint.lazy import MappedCheckpoint, OpenCheckpoint
 from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.sharded.layout import find_folder, is_sharded
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fabric_core.checkpoint.sharded.ranks import Ranks
     from fabric_core.types import Path
 
+_READ_BY_ALL: Final = (MappedCheckpoint, FolderCheckpoint, ForeignCheckpoint)  # without having the whole in memory
+
 
 @contextmanager
 def opened(
@@ -28,7 +31,7 @@ def opened(
     """The checkpoint at ``path``.
 
     Args:
-        io: reads files; a sharded checkpoint, which is a folder, does not go through it.
+        io: reads files; checkpoints that are folders do not go through it.
         path: where it is.
         weights_only: ``False`` runs code from it.
         ranks: those who load together; ``None`` for a process on its own. They all must call. Where some cannot see a
@@ -53,7 +56,7 @@ def opened(
         source = together(
             ranks, lambda: stack.enter_context(_open(io, path, weights_only)) if is_first else None, failed
         )
-        if ranks.broadcast(isinstance(source, MappedCheckpoint | FolderCheckpoint) and not torn):
+        if ranks.broadcast(isinstance(source, _READ_BY_ALL) and not torn):
             yield source if source is not None else stack.enter_context(_open(io, path, weights_only))
             return
         from fabric_core.checkpoint.relay import RelayedCheckpoint
@@ -62,12 +65,17 @@ def opened(
 
 
 def _is_visible(path: Path) -> bool:
-    return is_remote(path) or os.path.exists(resolve(path)) or find_folder(path) is not None
+    if is_remote(path) or os.path.exists(resolve(path)):
+        return True
+    return find_folder(path) is not None or find_foreign(path) is not None
 
 
 def _open(io: CheckpointIO, path: Path, weights_only: bool | None) -> AbstractContextManager[OpenCheckpoint]:
     if _is_folder(path):
         return open_folder(path, weights_only)
+    foreign = find_foreign(path)
+    if foreign is not None:
+        return open_foreign(foreign, weights_only)
     return open_file(io, path, weights_only)
 
 

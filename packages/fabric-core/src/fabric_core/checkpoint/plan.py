@@ -130,10 +130,22 @@ def _memory_loaded_by_custom_code(module: nn.Module) -> set[int]:
     for child in module.modules():
         if _loads_itself(child):
             addresses.add(0)  # even a module without tensors may rename keys
-            for tensor in chain(child.parameters(), child.buffers()):
-                if is_plain_tensor(tensor) or is_dtensor(tensor):
-                    addresses.add(local_of(tensor).data_ptr())
+            addresses.update(map(_address, chain(child.parameters(), child.buffers(), _further_state(child))))
     return addresses
+
+
+def _further_state(module: nn.Module) -> list[Tensor]:
+    """What else a module with saving code of its own puts into its state, as the scales of a quantised weight."""
+    if all(type(part)._save_to_state_dict is nn.Module._save_to_state_dict for part in module.modules()):
+        return []
+    return [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return int(local_of(tensor).data_ptr())
+    except RuntimeError:  # some classes of tensors have no memory of their own
+        return 0
 
 
 def _loads_itself(module: nn.Module) -> bool:

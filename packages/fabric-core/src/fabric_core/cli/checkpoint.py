@@ -40,7 +40,7 @@ def checkpoint() -> None:
 @click.option("--keys", is_flag=True, help="Show every tensor with its shape and dtype.")
 @click.pass_context
 def inspect(ctx: click.Context, path: str, as_json: bool, verify: bool, keys: bool) -> None:
-    """Show what the checkpoint PATH holds: a file, a sharded folder, or a safetensors file.
+    """Show what the checkpoint PATH holds: a file, a sharded folder, a safetensors file, or what a plugin reads.
 
     No tensor is loaded and no code from the checkpoint is run, whoever wrote it. With --verify, the command ends with 1
     if anything is damaged.
@@ -98,7 +98,10 @@ def convert(source: str, target: str, force: bool, no_weights_only: bool, **opti
 @_force
 @_weights_only
 def consolidate(folder: str, output: str | None, force: bool, no_weights_only: bool) -> None:
-    """Write the sharded checkpoint FOLDER as a single file, which torch.load and fabric.load read."""
+    """Write the checkpoint FOLDER as a single file, which torch.load and fabric.load read.
+
+    FOLDER is a sharded checkpoint, or one of a layout that an installed plugin reads.
+    """
     from fabric_core.cli.consolidate import run
 
     run(folder, output, "--output", force=force, weights_only=not no_weights_only)

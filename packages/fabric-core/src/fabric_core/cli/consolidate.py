@@ -1,4 +1,4 @@
-"""``fabric consolidate``: a sharded checkpoint as one file."""
+"""``fabric consolidate``: a checkpoint that is a folder as one file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fabric_core.cli.progress import byte_bar, errors_shown
 @click.option("--output-file", "--output_file", help='The file to write. Default: FOLDER with ".consolidated" added.')
 @click.option("--no-weights-only", is_flag=True, help="Run code from the checkpoint: only for those you trust.")
 def consolidate(folder: str, output_file: str | None, no_weights_only: bool) -> None:
-    """Write the sharded checkpoint FOLDER as a single file, which torch.load and fabric.load read.
+    """Write the checkpoint FOLDER as a single file, which torch.load and fabric.load read.
 
-    FOLDER is what Fabric, Lightning or torch.distributed.checkpoint wrote, on any number of processes. One tensor is in
-    memory at a time.
+    FOLDER is what Fabric, Lightning or torch.distributed.checkpoint wrote, on any number of processes, or of a layout
+    that an installed plugin reads. One tensor is in memory at a time.
     """
     run(folder, output_file, "--output_file", weights_only=not no_weights_only)
 
@@ -41,10 +41,10 @@ def run(folder: str, output: str | None, option: str, *, weights_only: bool, for
 
 
 def _check(folder: str) -> None:
+    from fabric_core.checkpoint.conversion.consolidate import is_folder_checkpoint
     from fabric_core.checkpoint.paths import is_remote, resolve
-    from fabric_core.checkpoint.sharded.layout import is_sharded
 
-    if is_sharded(folder):
+    if is_folder_checkpoint(folder):
         return
     if is_remote(folder):
         raise click.ClickException(f"There is no sharded checkpoint at {folder!r}.")
@@ -54,7 +54,7 @@ def _check(folder: str) -> None:
     what = (
         "holds no sharded checkpoint" if os.path.isdir(local) else "is a file, not the folder of a sharded checkpoint"
     )
-    near = [path for path in _neighbours(local) if is_sharded(path)]
+    near = [path for path in _neighbours(local) if is_folder_checkpoint(path)]
     hint = f" Did you mean {', '.join(map(repr, near[:3]))}?" if near else ""
     raise click.ClickException(f"{local!r} {what}.{hint}")
 

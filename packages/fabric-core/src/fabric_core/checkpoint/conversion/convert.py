@@ -1,4 +1,4 @@
-"""From one form of a checkpoint to another: a single file, a sharded folder, or a safetensors file of weights."""
+"""From any form of a checkpoint to another one: a single file, a sharded folder, or a safetensors file of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 import torch
 from torch import Tensor
 
-from fabric_core.checkpoint.conversion.consolidate import streamed_state
+from fabric_core.checkpoint.conversion.consolidate import is_folder_checkpoint, streamed_folder
 from fabric_core.checkpoint.conversion.kinds import kind_of, tensors_of
 from fabric_core.checkpoint.conversion.single_file import write_archive, write_file
 from fabric_core.checkpoint.conversion.streams import Progress, ProgressBar, StreamedTensor, shown, streamed
@@ -21,7 +21,6 @@ from fabric_core.checkpoint.paths import is_remote, open_filesystem, resolve
 from fabric_core.checkpoint.safetensors_io import is_safetensors, write_safetensors
 from fabric_core.checkpoint.sharded.layout import is_sharded
 from fabric_core.checkpoint.sharded.ranks import ranks_of
-from fabric_core.checkpoint.sharded.read import open_sharded
 from fabric_core.checkpoint.sharded.write import write_sharded
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
 from fabric_core.checkpoint.tree import replaced
@@ -40,7 +39,7 @@ class Conversion:
     """What was asked for.
 
     Attributes:
-        source: a file, folder, object or URL in any of the formats.
+        source: a file, folder, object or URL in any of the formats, or a folder that a plugin reads.
         target: what to write.
         to: one of ``FORMATS``.
         key: the module whose weights to take out of a checkpoint; for bare weights, the name to store them under.
@@ -112,9 +111,9 @@ def convert(wish: Conversion, bar: ProgressBar | None = None) -> list[str]:
 @contextmanager
 def _open_streamed(path: Path, weights_only: bool | None, *, extras: bool) -> Iterator[dict[Any, Any]]:
     """What a checkpoint in any format holds, as one nested dict, with ``StreamedTensor`` in the place of tensors."""
-    if is_sharded(path):
-        with open_sharded(path, weights_only) as sharded:
-            yield streamed_state(sharded, extras)
+    if is_folder_checkpoint(path):
+        with streamed_folder(path, weights_only, extras) as state:
+            yield state
         return
     with TorchCheckpointIO().open_checkpoint(path, weights_only) as opened:
         if not isinstance(opened.content, dict):

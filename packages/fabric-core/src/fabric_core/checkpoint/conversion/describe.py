@@ -16,11 +16,14 @@ from torch import Tensor
 
 from fabric_core.checkpoint.conversion.kinds import KINDS, kind_of
 from fabric_core.checkpoint.conversion.skeleton import StandIn, TensorOutline, read_skeleton
+from fabric_core.checkpoint.conversion.streams import StreamedTensor
 from fabric_core.checkpoint.folder import nested
+from fabric_core.checkpoint.foreign import ForeignFolder, find_foreign
 from fabric_core.checkpoint.paths import is_remote, open_filesystem, resolve
 from fabric_core.checkpoint.safetensors_io import is_safetensors, load_safetensors, open_safetensors
 from fabric_core.checkpoint.sharded.layout import EXTRAS, METADATA, is_sharded
 from fabric_core.checkpoint.sharded.read import TensorInfo, open_sharded
+from fabric_core.checkpoint.tree import replaced
 from fabric_core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class Description:
 
     Attributes:
         path: what was looked at.
-        format: ``file``, ``sharded`` or ``safetensors``.
+        format: ``file``, ``sharded``, ``safetensors``, or the name of a layout that a plugin reads.
         written_by: as far as the checkpoint says; ``None`` if it does not.
         world_size: how many processes wrote it; ``None`` if that cannot be told.
         parts: what is at the top level, extras included; for bare weights, one part without a name.
@@ -101,9 +104,13 @@ def describe(path: Path) -> Description:
         FileNotFoundError: nothing is there.
         CheckpointError: it is damaged, or no checkpoint.
         UsageError: it needs a library that is not installed.
+        UnsafeCheckpointError: a plugin reads it, and it holds more than tensors and plain values.
     """
     if is_sharded(path):
         return _sharded(path)
+    foreign = find_foreign(path)
+    if foreign is not None:
+        return _foreign(path, foreign)
     if is_safetensors(path):
         return _described(path, "safetensors", None, None, _weights(path))
     with open_binary(path) as file:
@@ -127,7 +134,9 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     if not os.path.exists(local):
         raise FileNotFoundError(f"There is no checkpoint at {local!r} (from {os.getcwd()!r}).")
     if os.path.isdir(local):
-        raise CheckpointError(f"{local!r} is a folder that holds no sharded checkpoint: it has no {METADATA!r}.")
+        raise CheckpointError(
+            f"{local!r} is a folder that holds no sharded checkpoint: it has no {METADATA!r}; and no plugin reads it."
+        )
     with open(local, "rb") as file:
         yield file
 
@@ -143,7 +152,7 @@ def _weights(path: Path) -> dict[str, TensorOutline]:
         opened.close()
 
 
-def _outline(tensor: Tensor | TensorInfo, memory: object) -> TensorOutline:
+def _outline(tensor: Tensor | TensorInfo | StreamedTensor, memory: object) -> TensorOutline:
     return TensorOutline(torch.Size(tensor.shape), tensor.dtype, str(memory), ())
 
 
@@ -158,6 +167,13 @@ def _sharded(path: Path) -> Description:
         return _described(path, "sharded", foreign, max(ranks, default=0) + 1, {**tree, **extras})
     writer = f"Fabric {manifest.fabric} with torch {manifest.torch}"
     return _described(path, "sharded", writer, manifest.world_size, {**tree, **extras})
+
+
+def _foreign(path: Path, folder: ForeignFolder) -> Description:
+    def outlined(leaf: Any) -> Any:
+        return _outline(leaf, id(leaf)) if isinstance(leaf, StreamedTensor | Tensor) else leaf
+
+    return _described(path, folder.format, None, None, replaced(folder.read(True), outlined))
 
 
 def _described(path: Path, format: str, writer: str | None, world_size: int | None, tree: Any) -> Description:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from typing import TYPE_CHECKING, Final
 
 from fabric_core.checkpoint.conversion.describe import describe, open_binary
+from fabric_core.checkpoint.foreign import find_foreign
 from fabric_core.checkpoint.safetensors_io import is_safetensors
 from fabric_core.checkpoint.sharded.index import Index, read_index
 from fabric_core.checkpoint.sharded.layout import METADATA, is_sharded
@@ -26,11 +28,8 @@ def verify(path: Path) -> tuple[list[str], str]:
         FileNotFoundError: nothing is there.
         CheckpointError: so damaged that nothing can be compared, or no checkpoint.
     """
-    if is_safetensors(path) and not is_sharded(path):
-        describe(path)  # the library refuses files whose length is not what the header says
-        return [], "sizes; the format has no checksums"
     if not is_sharded(path):
-        return _verify_file(path)
+        return _verify_other(path)
     with open_folder(path) as folder:
         if manifest_of(folder) is None:
             index = read_index(folder.read_all(METADATA), f"{folder.name}/{METADATA}")
@@ -51,13 +50,46 @@ def _beyond_the_end(index: Index, sizes: dict[str, int]) -> list[str]:
     ]
 
 
+def _verify_other(path: Path) -> tuple[list[str], str]:
+    foreign = find_foreign(path)
+    if foreign is not None:
+        return _verify_folder(foreign.path)
+    if is_safetensors(path):
+        describe(path)  # the library refuses files whose length is not what the header says
+        return [], "sizes; the format has no checksums"
+    return _verify_file(path)
+
+
+def _verify_folder(folder: str) -> tuple[list[str], str]:
+    """The files that ``torch.save`` has written, of whatever layout."""
+    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    damages = []
+    for file in sorted(file for file in files if _begins_like_an_archive(file)):
+        name = os.path.relpath(file, folder)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damages += [f"{name}: {damage}" for damage in _wrong_records(archive)]
+        except zipfile.BadZipFile as error:
+            damages.append(f"{name} is damaged: {error}")
+    return damages, "checksums, of the files that have some"
+
+
+def _begins_like_an_archive(file: str) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"
+
+
 def _verify_file(path: Path) -> tuple[list[str], str]:
     describe(path)
     with open_binary(path) as file, zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if all(record.CRC == 0 for record in records):
+        if all(record.CRC == 0 for record in archive.infolist()):
             return [], "nothing: the file was written without checksums"
-        return [problem for record in records if (problem := _wrong_record(archive, record))], "checksums"
+        return _wrong_records(archive), "checksums"
+
+
+def _wrong_records(archive: zipfile.ZipFile) -> list[str]:
+    records = [record for record in archive.infolist() if record.CRC]
+    return [problem for record in records if (problem := _wrong_record(archive, record))]
 
 
 def _wrong_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str | None:

@@ -1,8 +1,9 @@
 """The folder that is being written, and how it becomes the checkpoint.
 
-The draft is a folder beside the target, ``.NAME.UNIQUE.partial``. Its ``manifest.json`` exists from the start, empty,
-and every process that writes holds a lock on it, which ends with the process: so the next save of the same target can
-tell a draft that nobody works on, and removes it. ``publication`` says how the draft becomes the checkpoint.
+The draft is a folder beside the target, ``.NAME.UNIQUE.partial``. One file in it, ``manifest.json``, exists from the
+start, empty, and every process that writes holds a lock on it, which ends with the process: so the next save of the
+same target can tell a draft that nobody works on, and removes it. ``publication`` says how the draft becomes the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast
 
 from fabric_core.checkpoint.durable import folder_to_disk, lock, new_name, to_disk
 from fabric_core.checkpoint.paths import is_http, is_remote, resolve
-from fabric_core.checkpoint.sharded.layout import EXTRAS, MANIFEST, holds_checkpoint, is_part
+from fabric_core.checkpoint.sharded.layout import EXTRAS, SHARDED, FolderLayout, is_part
 from fabric_core.checkpoint.sharded.publication import finish, put_in_place, recover, remove, remove_abandoned
 from fabric_core.checkpoint.sharded.summed import SummedFile
 from fabric_core.errors import CheckpointError, UnsupportedError
@@ -110,41 +111,46 @@ def replace_by_file(path: Path, write: Callable[[str], None]) -> None:
 
 
 class LocalDraft:
-    """A draft on the local file system, or one that is mounted on every machine that takes part."""
+    """A draft on the local file system, or one that is mounted on every machine that takes part.
+
+    Attributes:
+        folder: where to write.
+    """
 
     generation = ""
 
-    def __init__(self, folder: str, held: BinaryIO, target: str = "") -> None:
+    def __init__(self, folder: str, held: BinaryIO, target: str = "", layout: FolderLayout = SHARDED) -> None:
         self.address = (folder, "")
-        self._folder, self._target, self._held = folder, target, held
+        self.folder, self._target, self._held, self._layout = folder, target, held, layout
         self._published = False
 
     @classmethod
-    def begin(cls, path: Path) -> LocalDraft:
+    def begin(cls, path: Path, layout: FolderLayout = SHARDED) -> LocalDraft:
         """The draft of ``path``, as ``begin_draft`` says."""
         target = os.path.realpath(resolve(path))
-        _refuse(target)
+        _refuse(target, layout)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        recover(target)
-        remove_abandoned(target)
+        recover(target, layout)
+        remove_abandoned(target, layout)
         while True:
             folder = new_name(target)
             os.mkdir(folder)
             with suppress(FileNotFoundError):  # another save took the empty folder for abandoned
-                return cls(folder, _hold(os.path.join(folder, MANIFEST), "x+b"), target)
+                return cls(folder, _hold(os.path.join(folder, layout.held), "x+b"), target, layout)
 
     @classmethod
-    def join(cls, folder: str) -> LocalDraft:
+    def join(cls, folder: str, layout: FolderLayout = SHARDED) -> LocalDraft:
         """The draft in ``folder``, which another process has begun."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                return cls(folder, _hold(os.path.join(folder, MANIFEST), "r+b"))
+                return cls(folder, _hold(os.path.join(folder, layout.held), "r+b"), layout=layout)
             except FileNotFoundError as error:
                 if time.monotonic() > deadline:
                     raise CheckpointError(
-                        f"This machine does not see {folder!r}, which rank 0 has made. A sharded checkpoint is "
-                        "written by all machines into one folder: pass a path on a file system that they share."
+                        f"This machine does not see {folder!r}, which rank 0 has made. A checkpoint of several "
+                        "processes is written by all machines into one folder: pass a path on a file system that they "
+                        "share."
                     ) from error
             with suppress(OSError):
                 os.listdir(os.path.dirname(folder))  # makes a network file system look again
@@ -152,27 +158,31 @@ class LocalDraft:
 
     def create(self, name: str) -> SummedFile:
         """A file of the draft; its bytes are on disk when it was closed without an error."""
-        file = open(os.path.join(self._folder, name), "xb", buffering=0)  # noqa: SIM115 - closed by what is returned
+        file = open(os.path.join(self.folder, name), "xb", buffering=0)  # noqa: SIM115 - closed by what is returned
         return SummedFile(file, lambda: to_disk(file.fileno()))
 
     def publish(self, manifest: Manifest) -> None:
         """Make the draft the checkpoint; rank 0 calls it when all files of all ranks are closed."""
-        self._held.write(manifest.dumps())
+        self.complete(manifest.dumps())
+
+    def complete(self, content: bytes) -> None:
+        """Make the draft the checkpoint, with ``content`` in the file that was held. As ``publish``."""
+        self._held.write(content)
         self._held.flush()
         to_disk(self._held.fileno())
         with suppress(FileNotFoundError):
-            os.chmod(self._folder, _folder_mode(self._target, self._folder))
-        folder_to_disk(self._folder)
+            os.chmod(self.folder, _folder_mode(self._target, self.folder))
+        folder_to_disk(self.folder)
         if sys.platform == "win32":
             self._held.close()  # a folder with open files cannot be renamed there
-        self._become(self._folder)
+        self._become(self.folder)
 
     def place_for_file(self) -> str:
         """Where to write the single file that ``publish_file`` makes the checkpoint. Nobody else calls the draft then.
 
         It has the target's name, in a folder that goes with the draft, whatever else the writer puts there.
         """
-        folder = os.path.join(self._folder, EXTRAS)  # a name that ``remove`` knows
+        folder = os.path.join(self.folder, EXTRAS)  # a name that ``remove`` knows
         os.makedirs(folder, exist_ok=True)
         return os.path.join(folder, os.path.basename(self._target))
 
@@ -181,31 +191,31 @@ class LocalDraft:
         _refuse_others(self._target)  # again: somebody may have put a file there meanwhile
         self._become(self.place_for_file())
         self._held.close()
-        remove(self._folder, self._target)
+        remove(self.folder, self._target, self._layout)
 
     def _become(self, finished: str) -> None:
         old = put_in_place(finished, self._target)
         self._published = True
-        finish(self._target, old)
+        finish(self._target, old, self._layout)
 
     def discard(self) -> None:
         """Remove the draft, unless it was published."""
         if not self._published:
             self._held.close()
-            remove(self._folder, self._target)
+            remove(self.folder, self._target, self._layout)
 
     def close(self) -> None:
         """Let go of the draft."""
         self._held.close()
 
 
-def _refuse(target: str) -> None:
+def _refuse(target: str, layout: FolderLayout) -> None:
     """``OSError`` if what is at the target must not be replaced."""
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         return
-    if stat.S_ISDIR(mode) and not holds_checkpoint(target) and os.listdir(target):
+    if stat.S_ISDIR(mode) and not layout.is_in(target) and os.listdir(target):
         raise IsADirectoryError(
             errno.EISDIR,
             "The folder holds other things than a checkpoint, and would be replaced. Choose another name, or empty it",

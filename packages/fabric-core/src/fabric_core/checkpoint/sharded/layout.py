@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fabric_core.checkpoint.durable import draft_prefix
@@ -44,6 +46,32 @@ def is_part(name: str) -> bool:
     return _FILES.fullmatch(name) is not None
 
 
+@dataclass(frozen=True)
+class FolderLayout:
+    """What tells a checkpoint that is a folder from any other folder.
+
+    Attributes:
+        marker: a file without which the folder is no checkpoint. Of a folder that is removed, it goes first, so that
+            nothing takes what is left for one.
+        held: the file that is in a draft from the start, empty, for its writers to lock. It gets its content at the
+            very end, and may be the marker.
+        is_part: whether a file or folder of that name belongs to the checkpoint, and goes when it is replaced. All
+            others are somebody's own and stay.
+    """
+
+    marker: str
+    held: str
+    is_part: Callable[[str], bool]
+
+    def is_in(self, folder: str) -> bool:
+        """Whether the local folder holds a checkpoint of this kind."""
+        return os.path.isfile(os.path.join(folder, self.marker))
+
+
+SHARDED: Final = FolderLayout(METADATA, MANIFEST, is_part)
+"""What this module's text describes."""
+
+
 def is_sharded(path: Path) -> bool:
     """Whether a folder or URL holds a sharded checkpoint: ours, Lightning's or plain DCP's. Any rank may call it."""
     if is_http(path):
@@ -51,7 +79,7 @@ def is_sharded(path: Path) -> bool:
     if is_remote(path):
         return _is_sharded_remote(path)
     folder = find_folder(path)
-    return folder is not None and holds_checkpoint(folder)
+    return folder is not None and SHARDED.is_in(folder)
 
 
 def _is_sharded_remote(path: Path) -> bool:
@@ -60,22 +88,17 @@ def _is_sharded_remote(path: Path) -> bool:
     return any(filesystem.exists(f"{inside.rstrip('/')}/{name}") for name in (MANIFEST, METADATA))
 
 
-def holds_checkpoint(folder: str) -> bool:
-    """Whether the local folder has the entry that is written last."""
-    return os.path.isfile(os.path.join(folder, METADATA))
-
-
-def find_folder(path: Path) -> str | None:
+def find_folder(path: Path, layout: FolderLayout = SHARDED) -> str | None:
     """The local folder that holds the checkpoint ``path``: itself, or where an interrupted replacement left it.
 
     Where folders cannot be exchanged in one step, a replacement moves the old one aside, then the new one into place.
     If it died in between, nothing is at ``path``, and the old one counts; of several, the newest. ``None`` if there is
-    no folder.
+    no folder. What is at ``path`` itself need not be a checkpoint.
     """
     target = os.path.realpath(resolve(path))
     if os.path.lexists(target):
         return target if os.path.isdir(target) else None
-    return next(filter(holds_checkpoint, moved_aside(target)), None)
+    return next(filter(layout.is_in, moved_aside(target)), None)
 
 
 def moved_aside(target: str) -> list[str]:

@@ -15,27 +15,19 @@ from contextlib import suppress
 
 from fabric_core.checkpoint.durable import DRAFT_SUFFIX, folder_to_disk, lock_at_once, new_name
 from fabric_core.checkpoint.sharded.exchange import exchange
-from fabric_core.checkpoint.sharded.layout import (
-    MANIFEST,
-    METADATA,
-    PREVIOUS_SUFFIX,
-    holds_checkpoint,
-    is_part,
-    moved_aside,
-    siblings,
-)
+from fabric_core.checkpoint.sharded.layout import PREVIOUS_SUFFIX, SHARDED, FolderLayout, moved_aside, siblings
 
 
-def recover(target: str) -> None:
+def recover(target: str, layout: FolderLayout = SHARDED) -> None:
     """Put back what an interrupted replacement has moved aside, if nothing is at the target; else remove it."""
     aside = moved_aside(target)
-    usable = [path for path in aside if not os.path.isdir(path) or holds_checkpoint(path)]  # others are half removed
+    usable = [path for path in aside if not os.path.isdir(path) or layout.is_in(path)]  # others are half removed
     if usable and not os.path.lexists(target):
         os.rename(usable[0], target)
         aside.remove(usable[0])
     if os.path.lexists(target):
         for path in aside:
-            remove(path, target)
+            remove(path, target, layout)
 
 
 def put_in_place(draft: str, target: str) -> str | None:
@@ -58,23 +50,23 @@ def put_in_place(draft: str, target: str) -> str | None:
     return aside
 
 
-def finish(target: str, old: str | None) -> None:
+def finish(target: str, old: str | None, layout: FolderLayout = SHARDED) -> None:
     """After ``put_in_place``: wait until the disk has the new names, then remove what was there before."""
     folder_to_disk(os.path.dirname(target))
     for left in (old, *moved_aside(target)):
         if left is not None:
-            remove(left, target)
+            remove(left, target, layout)
 
 
-def remove_abandoned(target: str) -> None:
+def remove_abandoned(target: str, layout: FolderLayout = SHARDED) -> None:
     """Remove drafts of the same target that nobody works on."""
     for path in siblings(target, DRAFT_SUFFIX):
         with suppress(OSError):  # alive, or already gone, or not ours
-            _remove_if_unlocked(path, target)
+            _remove_if_unlocked(path, target, layout)
 
 
-def _remove_if_unlocked(path: str, target: str) -> None:
-    held = os.path.join(path, MANIFEST) if os.path.isdir(path) else path
+def _remove_if_unlocked(path: str, target: str, layout: FolderLayout) -> None:
+    held = os.path.join(path, layout.held) if os.path.isdir(path) else path
     try:
         file = open(held, "r+b")  # noqa: SIM115 - closed below
     except FileNotFoundError:
@@ -84,7 +76,7 @@ def _remove_if_unlocked(path: str, target: str) -> None:
         except OSError:
             if os.path.exists(held):
                 return
-        remove(path, target)
+        remove(path, target, layout)
         return
     with file:
         lock_at_once(file.fileno())
@@ -92,10 +84,10 @@ def _remove_if_unlocked(path: str, target: str) -> None:
             file.close()
             os.rename(path, path + "-")  # fails while another process has a file of it open
             path += "-"
-        remove(path, target)
+        remove(path, target, layout)
 
 
-def remove(path: str, target: str) -> None:
+def remove(path: str, target: str, layout: FolderLayout = SHARDED) -> None:
     """Remove a draft, or what was at the target before, as far as possible; what stays is removed by the next save.
 
     Files that somebody has put beside those of a checkpoint are no part of it: they move to the folder at ``target``,
@@ -104,10 +96,10 @@ def remove(path: str, target: str) -> None:
     if not os.path.isdir(path) or os.path.islink(path):
         _delete(path)
         return
-    _delete(os.path.join(path, METADATA))  # first: what is removed in part must not be taken for a checkpoint
+    _delete(os.path.join(path, layout.marker))  # first: what is removed in part must not be taken for a checkpoint
     with suppress(OSError):
         for name in os.listdir(path):
-            if is_part(name) or os.path.lexists(os.path.join(target, name)):
+            if layout.is_part(name) or os.path.lexists(os.path.join(target, name)):
                 _delete(os.path.join(path, name))
             else:
                 with suppress(OSError):

@@ -1,0 +1,70 @@
+"""Modules with saving and loading code of their own find their old values, and are given those of the checkpoint."""
+
+import pytest
+import torch
+from torch import nn
+
+from fabric_core import Fabric
+
+
+class Weight(nn.Parameter):
+    """Not an ordinary parameter."""
+
+
+class Scaled(nn.Module):
+    """Small integers and a scale that is neither parameter nor buffer; takes weights in floating point as well."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.take(values)
+
+    def take(self, values):
+        self.scale = values.abs().max().reshape(1) / 127
+        self.weight = Weight((values / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scale"] = self.scale
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        values, scale = state_dict[f"{prefix}weight"], state_dict.get(f"{prefix}scale")
+        if scale is not None and float(scale) > 1000:
+            errors.append("the scale is out of range")
+        elif scale is None:
+            self.take(values)
+        else:
+            self.weight.data, self.scale = values, scale
+
+
+@pytest.fixture
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def values(seed):
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_integers_are_not_written_over_by_floats_of_the_same_shape(fabric, tmp_path):
+    fabric.save(tmp_path / "x.ckpt", {"model": {"0.weight": values(1)}})
+    model = nn.Sequential(Scaled(values(2)))
+    fabric.load(tmp_path / "x.ckpt", {"model": model})
+    assert torch.equal(model[0].weight, Scaled(values(1)).weight)
+
+
+def test_state_outside_of_parameters_comes_back(fabric, tmp_path):
+    fabric.save(tmp_path / "x.ckpt", {"model": nn.Sequential(Scaled(values(1)))})
+    model = nn.Sequential(Scaled(values(2)))
+    fabric.load(tmp_path / "x.ckpt", {"model": model})
+    assert torch.equal(model[0].weight, Scaled(values(1)).weight)
+    assert torch.equal(model[0].scale, Scaled(values(1)).scale)
+
+
+def test_what_the_loading_code_refuses_is_not_written(fabric, tmp_path):
+    refused = {**nn.Sequential(Scaled(values(1))).state_dict(), "0.scale": torch.tensor([2000.0])}
+    fabric.save(tmp_path / "x.ckpt", {"model": refused})
+    model = nn.Sequential(Scaled(values(2)))
+    with pytest.raises(RuntimeError, match="out of range"):
+        fabric.load(tmp_path / "x.ckpt", {"model": model})
+    assert torch.equal(model[0].weight, Scaled(values(2)).weight)
+    assert torch.equal(model[0].scale, Scaled(values(2)).scale)
