@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from fabric_core import Fabric
 
 STAGES = [1, 2, 3]
-NAME = "ck"
 
 
 class Net(nn.Module):
@@ -38,6 +36,11 @@ class Net(nn.Module):
         return self.two(torch.tanh(self.one(self.norm(self.frozen(hidden)))))
 
 
+def run(pool: Any, function: Any, *args: Any) -> list[Any]:
+    """The results by rank. The first call in a pool imports DeepSpeed, which takes long on a busy machine."""
+    return pool.run(function, *args, timeout=150.0)  # type: ignore[no-any-return]
+
+
 def strategy(stage: int, **options: Any) -> Any:
     from fabric_deepspeed import DeepSpeedStrategy
 
@@ -53,9 +56,13 @@ def launched(how: Any, precision: str = "32-true", devices: int | None = None, *
     return fabric
 
 
-def set_up(fabric: Fabric, seed: int = 0, kind: str = "AdamW", split_groups: bool = True) -> tuple[Any, Any]:
+def set_up(
+    fabric: Fabric, seed: int = 0, kind: str = "AdamW", split_groups: bool = True, weights: Any = None
+) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     net = Net()
+    if weights is not None:
+        net.load_state_dict(weights)
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [p for _, p in trained]}]
     if split_groups:
@@ -73,7 +80,7 @@ def train(fabric: Fabric, model: Any, optimizer: Any, first: int, last: int) -> 
     dtype = next(p.dtype for p in model.parameters())
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
-        x = torch.randn(4, 6, generator=generator)[fabric.global_rank :: fabric.world_size].to(dtype)
+        x = torch.randn(12, 6, generator=generator)[fabric.global_rank :: fabric.world_size].to(dtype)
         loss = model(x).float().square().mean()
         fabric.backward(loss)
         optimizer.step()
@@ -85,34 +92,37 @@ def train(fabric: Fabric, model: Any, optimizer: Any, first: int, last: int) -> 
 def outputs(weights: dict[str, Any]) -> torch.Tensor:
     """What a plain network with these weights says."""
     net = Net()
-    net.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in weights.items()})
+    net.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    )
     return net(torch.linspace(-1, 1, 12).view(2, 6)).detach()
 
 
 def whole(fabric: Fabric, model: Any) -> dict[str, Any]:
     """The full weights, on every rank."""
-    state = fabric.strategy.get_module_state_dict(_inner(model))
-    kept = {name: value.detach().clone() for name, value in state.items()}
+    state = fabric.strategy.get_module_state_dict(inner(model))
+    kept = {name: _full(value.detach()).clone() for name, value in state.items()}
     result: dict[str, Any] = fabric.broadcast(kept)
     return result
 
 
-def _inner(model: Any) -> Any:
-    from fabric_core.wrappers.unwrap import unwrap
-
-    return unwrap(model)
+def _full(value: Any) -> Any:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def inner(model: Any) -> Any:
     """What the strategy made of it."""
-    return _inner(model)
+    from fabric_core.wrappers.unwrap import unwrap
+
+    return unwrap(model)
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest difference between two sets of weights."""
     assert one.keys() == other.keys()
     return max(
-        ((one[name].double() - other[name].double()).abs().max().item() for name in one if one[name].numel()), default=0.0
+        ((one[name].double() - other[name].double()).abs().max().item() for name in one if one[name].numel()),
+        default=0.0,
     )
 
 
@@ -138,5 +148,17 @@ def saved_run(folder: str, stage: int, precision: str = "32-true", steps: int = 
     return {"weights": weights, "losses": losses, "after": after}
 
 
-def place(tmp_path: Path) -> str:
-    return str(tmp_path / NAME)
+def loaded_run(
+    folder: str, how: Any, precision: str = "32-true", names: Any = ("model", "optimizer", "step"), **options: Any
+) -> dict[str, Any]:
+    """Load what ``saved_run`` has saved into fresh objects under any strategy, and train on."""
+    fabric = launched(how, precision, **options)
+    model, optimizer = set_up(fabric, seed=5)
+    objects: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
+    state = {name: objects[name] for name in names}
+    rest = fabric.load(folder, state)
+    weights = whole(fabric, model)
+    losses = train(fabric, model, optimizer, 3, 6)
+    after = whole(fabric, model)
+    fabric.teardown()
+    return {"weights": weights, "losses": losses, "after": after, "rest": rest, "step": state.get("step")}

@@ -51,8 +51,10 @@ def launched(strategy, options=None, **arguments):
         **arguments: of Fabric.
     """
     if isinstance(strategy, int):
-        split = {"config": SPLIT} if strategy == 3 else {}
-        strategy = DeepSpeedStrategy(stage=strategy, **split, **(options or {}))
+        options = dict(options or {})
+        if strategy == 3:
+            options["config"] = SPLIT | options.get("config", {})
+        strategy = DeepSpeedStrategy(stage=strategy, **options)
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, **arguments)
     fabric.launch()
     return fabric

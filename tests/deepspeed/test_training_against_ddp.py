@@ -79,6 +79,29 @@ def test_stages_1_and_2_refuse_a_second_backward_that_they_would_lose(stage, wor
         assert "fabric.no_backward_sync(model)" in text
 
 
+def configured(stage):
+    """DeepSpeed's own switches in the user's config, against the same asked of Fabric under ddp."""
+    ours = train(stage, Run(strategy=dict(config={"gradient_clipping": 0.3})))[2]
+    clipped = apart(ours, train("ddp", Run(clip=dict(max_norm=0.3)))[2])
+    expected = train("ddp", Run(accumulate=4))[2]
+    fabric = launched(stage, dict(config={"gradient_accumulation_steps": 4}))
+    module = network()
+    model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=0.01))
+    for x, y in batches(20, fabric.global_rank, 2):
+        for part, target in zip(x.chunk(4), y.chunk(4), strict=True):
+            fabric.backward((model(part) - target).square().mean())
+            optimizer.step()  # every fourth of them is one
+            optimizer.zero_grad()
+    accumulated = apart(whole(module), expected)
+    fabric.teardown()
+    return clipped, accumulated
+
+
+@pytest.mark.parametrize("stage", [0, *STAGES])
+def test_switches_of_the_config_do_what_calls_of_fabric_do(stage, workers):
+    assert max(max(differences) for differences in workers(2).run(configured, stage)) <= 3e-7
+
+
 HALVES = ["bf16-true", "bf16-mixed"]
 
 

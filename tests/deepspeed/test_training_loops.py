@@ -151,6 +151,15 @@ def recomputed_by_reentering(fabric):
     return fit(fabric, module, adam(module))
 
 
+def channels_last(fabric):
+    """Parameters whose memory is in another order."""
+    torch.manual_seed(1)
+    module = nn.Sequential(
+        nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 2, padding=1), nn.Flatten(), nn.Linear(27, OUTPUTS)
+    )
+    return fit(fabric, module.to(memory_format=torch.channels_last), adam(module))
+
+
 def ranks_with_different_values(fabric):
     module = network(seed=1 + fabric.global_rank)
     return fit(fabric, module, adam(module))
@@ -334,6 +343,7 @@ LOOPS = [
     buffers,
     recomputed,
     recomputed_by_reentering,
+    channels_last,
     ranks_with_different_values,
     evaluated_on_the_way,
     gradients_thrown_away,

@@ -4,18 +4,13 @@ import pytest
 import torch
 from deepspeed_network import Run, against_ddp, apart, batches, launched, network, whole
 
-
-def offloaded(preset, run):
-    return against_ddp(preset, run)
-
-
 PRESETS = ["deepspeed_stage_1_offload", "deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("run", [Run(), Run(accumulate=4), Run(clip=dict(max_norm=0.3))], ids=["plain", "4", "clip"])
 def test_presets_with_an_optimizer_of_torch(preset, run, workers):
-    for result in workers(2).run(offloaded, preset, run):
+    for result in workers(2).run(against_ddp, preset, run):
         assert result["losses"] <= 3e-7
         assert result["norms"] <= 1e-6
         assert result["parameters"] <= 3e-7
@@ -58,6 +53,8 @@ def with_the_cpu_optimizer(stage):
     return apart(*results)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("cpu_optimizer")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_optimizer_that_deepspeed_has_for_it(stage, workers):
     assert max(workers(2).run(with_the_cpu_optimizer, stage)) < 1e-5

@@ -7,14 +7,16 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from io import StringIO
 from types import ModuleType
 from typing import Any, Final
 
-from fabric_core.errors import IncompatiblePluginError, PluginLoadError, UsageError
+import torch
+
+from fabric_core.errors import IncompatiblePluginError, PluginLoadError, UnsupportedError, UsageError
 from fabric_deepspeed.build_locks import abandoned_locks
 from fabric_deepspeed.settings import ACCELERATOR
 
@@ -102,7 +104,7 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
             stacklevel=2,
         )
     try:
-        with _quiet(), redirect_stdout(StringIO()):  # it prints what it has built, on every rank
+        with _quiet(), silenced():
             deepspeed.init_distributed(
                 dist_backend=process_group_backend, dist_init_required=False, auto_mpi_discovery=False, verbose=False
             )
@@ -114,10 +116,26 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
         ) from error
 
 
+def check_dtype(deepspeed: ModuleType, dtype: torch.dtype) -> None:
+    """``NotImplementedError`` if DeepSpeed does not compute in ``dtype`` on the devices of this process."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    supported: list[torch.dtype] = accelerator.supported_dtypes()
+    if dtype not in supported:
+        raise UnsupportedError(
+            f"DeepSpeed does not compute in {dtype} on this {accelerator._name} device, but in "
+            f'{", ".join(map(str, supported))}. Pass another precision, such as precision="bf16-true" or "32-true".'
+        )
+
+
 def visibility_variables(deepspeed: ModuleType) -> str:
     """The environment variable that hides devices from a process, such as ``CUDA_VISIBLE_DEVICES``."""
     names: list[str] = deepspeed.accelerator.get_accelerator().visible_devices_envs()
     return " or ".join(names)
+
+
+def silenced() -> AbstractContextManager[Any]:
+    """What DeepSpeed prints on stdout, past its log, is not shown."""
+    return redirect_stdout(StringIO())
 
 
 @contextmanager

@@ -36,10 +36,13 @@ def clip_next_step(gradients: Gradients, max_norm: float, norm_type: float, erro
     if not max_norm > 0:
         raise InvalidArgumentError(f"fabric.clip_gradients(max_norm={max_norm}): expected a positive number.")
     engine = gradients.engine
-    if gradients.pending:
-        gradients.exchange()
-    if not gradients.ready:
-        return torch.zeros((), device=engine.device)
+    if not gradients.managed:
+        raise UnsupportedError(
+            'fabric.clip_gradients(): with "managed_gradient_accumulation": false DeepSpeed exchanges gradients in its '
+            'step, so that their norm is not known before. Leave that setting away, or set "gradient_clipping" in its '
+            "config."
+        )
+    gradients.complete("fabric.clip_gradients()")
     norm = _norm(engine.optimizer)
     if error_if_nonfinite and not _skips_overflow(engine) and not math.isfinite(norm.item()):
         raise UsageError(
@@ -86,4 +89,6 @@ def _combined(norms: list[Any]) -> Tensor:
 
 
 def _of_whole(grads: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final, TypeAlias
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from fabric_deepspeed.backend import silenced
 
 Engine: TypeAlias = Any
 """A ``deepspeed.DeepSpeedEngine``, which has no types."""
@@ -42,13 +45,42 @@ def build_engine(
     document = copy.deepcopy(dict(config))
     if optimizer is None:
         document = _for_inference(document)
-    engine, made, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=document, dist_init_required=False
-    )
+    _straighten(module)
+    with silenced():
+        engine, made, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=scheduler, config=document, dist_init_required=False
+        )
+    if optimizer is not None and hasattr(made, "fp32_groups"):
+        optimizer.state.clear()  # stage 0 with 16 bits has stepped once, with gradients of zero
+    if engine.zero_optimization_stage() == 3:
+        _leave_inference_mode(engine)
     for holder in (engine, module, optimizer, made):
         if holder is not None:
             _known[holder] = weakref.ref(engine)
     return engine
+
+
+def _straighten(module: nn.Module) -> None:
+    """Parameters in the usual order of memory, in place: DeepSpeed sends them as bytes, and flattens them."""
+    for parameter in module.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+
+
+def _leave_inference_mode(engine: Engine) -> None:
+    """Forward under ``torch.inference_mode()`` runs under ``torch.no_grad()`` instead.
+
+    Stage 3 makes parameters whole in forward, and what is made in inference mode can never be trained.
+    """
+    inside, reference = type(engine).forward, weakref.ref(engine)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return inside(reference(), *args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return inside(reference(), *args, **kwargs)
+
+    engine.forward = forward
 
 
 def _for_inference(document: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fabric_core.errors import InvalidArgumentError, UnsupportedError, UsageError
 from fabric_deepspeed.engine import Engine
+from fabric_deepspeed.split_gradients import clear_offloaded, clear_parts, forget_arrivals
 
 _ACCUMULATE: Final = (
     "To accumulate gradients, run all backward passes but the last of a step under fabric.no_backward_sync(model), or "
@@ -28,6 +29,7 @@ class Gradients:
         managed: DeepSpeed counts backward passes; otherwise its step is the boundary, whatever was before.
         pending: the last backward pass only accumulated; the exchange between processes is still to come.
         ready: gradients are exchanged and wait for the step.
+        touched: a backward pass through another engine may have reached these parameters.
         held_back: inside ``no_backward_sync``.
         undo_clipping: puts back what ``clip_gradients`` set for the next step.
     """
@@ -38,6 +40,7 @@ class Gradients:
         self.managed = bool(getattr(engine, "managed_gradient_accumulation", lambda: True)())
         self.pending = False
         self.ready = False
+        self.touched = False
         self.held_back = False
         self.undo_clipping: Callable[[], None] | None = None
 
@@ -59,8 +62,8 @@ class Gradients:
         """Backward through the engine."""
         if retain_graph and self.stage == 3:
             raise UnsupportedError(
-                "fabric.backward(retain_graph=True): ZeRO stage 3 frees the parameters during backward, so a graph cannot "
-                "be gone through twice. Add the losses up and go backward once, or use stage 2."
+                "fabric.backward(retain_graph=True): ZeRO stage 3 frees the parameters during backward, so a graph "
+                "cannot be gone through twice. Add the losses up and go backward once, or use stage 2."
             )
         if self.ready and self.stage in (1, 2):
             raise UsageError(
@@ -69,9 +72,10 @@ class Gradients:
             )
         if loss.numel() != 1 or loss.grad_fn is None:
             raise _no_loss(loss)
-        engine = self._engine()
+        engine = self.engine
         last = engine.is_gradient_accumulation_boundary()
         engine.backward(loss, retain_graph=retain_graph)
+        _leave_backward(engine.optimizer)
         if self.managed:
             self.ready, self.pending = self.ready or last, not last
 
@@ -82,10 +86,12 @@ class Gradients:
                 "optimizer.step() was called inside fabric.no_backward_sync(), where gradients are not exchanged. Step "
                 "outside of it, or pass enabled=False for the last backward pass of each step."
             )
-        engine = self._engine()
+        engine = self.engine
         last = engine.is_gradient_accumulation_boundary()
-        if self.pending and last:
-            self.exchange()
+        if last:
+            self.complete("optimizer.step()")
+            if self._offloaded and self.stage == 3:
+                clear_offloaded(engine.optimizer)
         try:
             engine.step()
         finally:
@@ -93,25 +99,36 @@ class Gradients:
                 self._forget()
 
     def _forget(self) -> None:
-        self.ready = self.pending = False
+        self.ready = self.pending = self.touched = False
+        if self.stage == 3:
+            clear_parts(self.engine.optimizer)
         if self.undo_clipping is not None:
             undo, self.undo_clipping = self.undo_clipping, None
             undo()
 
-    def exchange(self) -> None:
-        """Exchange what was accumulated, as a last backward pass would have done. Every rank calls it.
+    def complete(self, call: str) -> None:
+        """See to it that there are gradients, exchanged between processes. Every rank calls it.
 
         Raises:
+            RuntimeError: there was no backward pass since the last step; names the ``call`` that needs one.
             NotImplementedError: this release of DeepSpeed cannot do that with gradients that it has offloaded.
         """
+        if self.ready or not self.managed:
+            return
+        if not self.pending:
+            raise UsageError(
+                f"{call} needs gradients, and there was no backward pass since the last step. Call "
+                "fabric.backward(loss) first."
+            )
         engine = self.engine
         finish = getattr(engine.optimizer, "finalize_gradient_accumulation_boundary", None)
         if self.stage >= 2 and finish is not None:
             finish()
         elif self.stage >= 2 and self._offloaded:
             raise UnsupportedError(
-                "All backward passes of this step were run under fabric.no_backward_sync(), and this release of DeepSpeed "
-                "cannot take up offloaded gradients later. Run the last one outside, or install a newer release."
+                "All backward passes of this step were run under fabric.no_backward_sync(), and this release of "
+                "DeepSpeed cannot take up offloaded gradients later. Run the last one outside, or install a newer "
+                "release."
             )
         else:
             with _without_overlap(engine.optimizer):
@@ -120,7 +137,7 @@ class Gradients:
 
     def discard(self) -> None:
         """Forget all gradients since the last step."""
-        if not (self.ready or self.pending):
+        if not (self.ready or self.pending or self.touched):
             return  # the engine clears them in each step, so most calls end here
         engine = self.engine
         optimizer = engine.optimizer
@@ -133,6 +150,7 @@ class Gradients:
                 kept.update(dict.fromkeys(kept))
         if self.stage in (1, 2) and hasattr(optimizer, "micro_step_id"):
             optimizer.micro_step_id = -1
+        forget_arrivals(optimizer)
         for name in ("_release_preflattened_grad_buffers", "clear_hp_grads"):
             getattr(optimizer, name, _nothing)()
         if self._offloaded:
@@ -147,9 +165,9 @@ class Gradients:
 
 def _no_loss(tensor: Tensor) -> Exception:
     if tensor.numel() != 1:
-        return UnsupportedError(
-            f"fabric.backward() was given a tensor of shape {tuple(tensor.shape)}: DeepSpeed goes backward from one "
-            "number alone. Reduce it, fabric.backward(loss.mean())."
+        return InvalidArgumentError(
+            f"fabric.backward() was given a tensor of shape {tuple(tensor.shape)}, and DeepSpeed goes backward from "
+            "one number alone, shape (). Reduce it: fabric.backward(loss.mean())."
         )
     return InvalidArgumentError(
         "fabric.backward() was given a tensor that no computation with gradients led to. Compute the loss from the "
@@ -168,6 +186,12 @@ def retain_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             "alone. Leave it away, or choose another strategy."
         )
     return keep
+
+
+def _leave_backward(optimizer: Any) -> None:
+    """DeepSpeed enters backward once for each forward of the module that led to the loss, and leaves it once."""
+    while getattr(optimizer, "_backward_active_depth", 0) > 0:
+        optimizer.exit_backward()
 
 
 def _nothing(*_: Any) -> None:

@@ -6,6 +6,8 @@ import gc
 import weakref
 from typing import Any
 
+from torch import Tensor, nn
+
 from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_deepspeed.engine import Engine, engine_of
 from fabric_deepspeed.gradients import Gradients
@@ -43,6 +45,14 @@ class LiveEngines:
                 "optimizer together, model, optimizer = fabric.setup(model, optimizer), and keep both."
             )
         return gradients
+
+    def backward(self, loss: Tensor, module: nn.Module | None, retain_graph: bool) -> None:
+        """Backward through the engine of ``module``, or through the only one."""
+        gradients = self.only() if module is None else self.of(module, "fabric.backward(loss, model=...)")
+        gradients.backward(loss, retain_graph)
+        if len(self._trained) > 1:
+            for other in self._trained:
+                other.touched = True
 
     def only(self) -> Gradients:
         """The gradients of the one engine that trains.

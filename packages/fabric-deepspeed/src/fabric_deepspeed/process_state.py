@@ -16,6 +16,7 @@ _MODULES: Final = (
     "deepspeed.comm.comm",
     "deepspeed.utils.groups",
     "deepspeed.runtime.activation_checkpointing.checkpointing",
+    "deepspeed.runtime.zero.parameter_offload",
 )
 _INIT: Final = "deepspeed.runtime.zero.partition_parameters"
 _FIXED: Final = (FunctionType, ModuleType, type)
@@ -114,11 +115,12 @@ def _linear() -> Callable[[], None]:
 
 def _log_levels() -> Callable[[], None]:
     logger = logging.getLogger(LOGGER)
-    before = [(one, one.level) for one in (logger, *logger.handlers)]
+    level, levels = logger.level, [(handler, handler.level) for handler in logger.handlers]
 
     def restore() -> None:
-        for one, level in before:
-            one.setLevel(level)
+        logger.setLevel(level)
+        for handler, before in levels:
+            handler.setLevel(before)
 
     return restore
 

@@ -19,7 +19,8 @@ from fabric_core.distributed.group import DEFAULT_TIMEOUT
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError, UsageError
 from fabric_core.precision import Precision
 from fabric_core.strategies import ParallelStrategy
-from fabric_deepspeed.backend import check_release, load, start_communication, visibility_variables
+from fabric_deepspeed.backend import check_dtype, check_release, load, start_communication, visibility_variables
+from fabric_deepspeed.checkpoint.mixin import DeepSpeedCheckpoints
 from fabric_deepspeed.clipping import clip_next_step, clips_in_its_step
 from fabric_deepspeed.config.document import advise_on_offload, assemble, config_keywords, finalize, zero_stage
 from fabric_deepspeed.config.typed import remember_typed
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from fabric_core.abc.environment import ClusterEnvironment
 
 
-class DeepSpeedStrategy(ParallelStrategy):
+class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
     """Placeholder docstring."""
 
     setup_mode: ClassVar[Literal["either", "joint", "separate"]] = "joint"
@@ -44,6 +45,8 @@ class DeepSpeedStrategy(ParallelStrategy):
     supported_accelerators: ClassVar[frozenset[str] | None] = frozenset(
         {"cpu", "cuda", "generic", "hpu", "mlu", "npu", "sdaa", "supa", "xpu"}
     )
+
+    typed_arguments: frozenset[str]
 
     # fmt: off
     @remember_typed
@@ -147,6 +150,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             )
         deepspeed = load(self.root_device.type)
         self._check_devices(deepspeed)
+        check_dtype(deepspeed, self.precision.compute_dtype)
         super().setup_environment()
         self._deepspeed = deepspeed
         self._finalize_config()
@@ -217,8 +221,8 @@ class DeepSpeedStrategy(ParallelStrategy):
         """
         if len(optimizers) != 1:
             raise InvalidArgumentError(
-                f"fabric.setup(model, ...) was given {len(optimizers)} optimizers, and DeepSpeed takes one for each "
-                "model. Use one with several parameter groups: Adam([{'params': a, 'lr': 1e-3}, {'params': b}])."
+                f"fabric.setup(model, ...) was given {len(optimizers)} optimizers, and DeepSpeed takes one optimizer for "
+                "each model. Use one with several parameter groups: Adam([{'params': a, 'lr': 1e-3}, {'params': b}])."
             )
         optimizer = optimizers[0]
         advise_on_offload(self.config, optimizer)
@@ -271,8 +275,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             ValueError: several models were, and none is named; the tensor is no loss.
             NotImplementedError: another argument of ``Tensor.backward``.
         """
-        gradients = self._live.only() if module is None else self._live.of(module, "fabric.backward(loss, model=...)")
-        gradients.backward(tensor, retain_graph(args, kwargs) if args or kwargs else False)
+        self._live.backward(tensor, module, retain_graph(args, kwargs) if args or kwargs else False)
 
     def step_target(self, optimizer: Optimizer) -> Any:
         """The engine that owns the optimizer, with what is known of its gradients."""
@@ -311,8 +314,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         gradients = self._live.of(optimizer, "fabric.clip_gradients()")
         if clips_in_its_step(gradients):
             return clip_next_step(gradients, max_norm, norm_type, error_if_nonfinite)
-        if gradients.pending:
-            gradients.exchange()
+        gradients.complete("fabric.clip_gradients()")
         return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
@@ -323,6 +325,5 @@ class DeepSpeedStrategy(ParallelStrategy):
                 "fabric.clip_gradients(clip_val=...): DeepSpeed splits gradients before the step, and clips them by "
                 'norm alone. Pass max_norm=..., or set "gradient_clipping" in its config.'
             )
-        if gradients.pending:
-            gradients.exchange()
+        gradients.complete("fabric.clip_gradients()")
         super().clip_gradients_value(module, optimizer, clip_val)

@@ -56,8 +56,9 @@ class DeepSpeedCheckpoints(Strategy):
     ) -> None:
         """Write a folder in DeepSpeed's layout, complete or not at all. Every rank calls it.
 
-        What was at ``path`` before stays until all ranks have written. With a filter for the model, and no optimizer in
-        ``state``, it is one file instead, through ``checkpoint_io``, with the whole of the weights that are kept.
+        What was at ``path`` before stays until all ranks have written. With a filter for the model and no optimizer in
+        ``state``, and for a model that was set up without one, it is a single file instead, through ``checkpoint_io``,
+        with the whole of the weights that are kept.
 
         Args:
             path: a local folder that all ranks see. Other files in it stay.
@@ -246,8 +247,9 @@ class _SaveRequest:
 
     @property
     def keeps_alone(self) -> bool:
-        """Whether it is about some weights and nothing that belongs to the optimizer."""
-        return self.named.module in self.filter and self.named.optimizer is None
+        """Whether it is about weights and nothing that belongs to an optimizer."""
+        trained = self.named.engine.__dict__.get("basic_optimizer") is not None
+        return not trained or (self.named.module in self.filter and self.named.optimizer is None)
 
 
 def _outline(value: Any) -> Any:
