@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fabric_core import Fabric
 
-STEPS, WARM_UP = 120, 10
+STEPS, WARM_UP = 80, 8
 
 
 def transformer() -> nn.Module:
@@ -28,22 +28,21 @@ def transformer() -> nn.Module:
     return nn.TransformerEncoder(block, 4, enable_nested_tensor=False)
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long the slowest rank took."""
+def seconds(action: Callable[[], object]) -> tuple[float, float]:
+    """How long the slowest rank took, and what this one computed meanwhile: waiting does not count there."""
     dist.barrier()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.thread_time()
     action()
-    taken = torch.tensor(time.perf_counter() - start)
+    taken, busy = torch.tensor(time.perf_counter() - start), time.thread_time() - busy
     dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-    return float(taken)
+    return float(taken), busy
 
 
-def in_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Seconds of two actions that alternate; each is the first to run every other time."""
-    times: tuple[list[float], list[float]] = ([], [])
+def in_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[tuple[float, float]], ...]:
+    """The times of two actions that alternate; each is the first to run every other time."""
+    times: tuple[list[tuple[float, float]], ...] = ([], [])
     for round_ in range(WARM_UP + STEPS):
-        pair = (0, 1) if round_ % 2 else (1, 0)
-        for which in pair:
+        for which in (0, 1) if round_ % 2 else (1, 0):
             taken = seconds((first, second)[which])
             if round_ >= WARM_UP:
                 times[which].append(taken)
@@ -51,7 +50,7 @@ def in_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple
 
 
 def compare(fabric: Fabric, stage: int, x: Tensor) -> None:
-    """Print the median time of a step, both ways, and the median of the ratios of neighbours."""
+    """Print the median times of a step, both ways, and the median of the ratios of neighbours."""
     import deepspeed
 
     module = transformer()
@@ -73,13 +72,20 @@ def compare(fabric: Fabric, stage: int, x: Tensor) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    bare_times, times = in_turns(by_hand, with_fabric)
-    raw, ours = statistics.median(bare_times), statistics.median(times)
-    ratio = statistics.median(b / a for a, b in zip(bare_times, times, strict=True))
-    fabric.print(
-        f"stage {stage}: by hand {raw * 1e3:.1f} ms, Fabric {ours * 1e3:.1f} ms ({ours / raw:.3f}x; "
-        f"side by side {ratio:.3f}x)"
-    )
+    for what, bare_times, times in zip(
+        ("time", "CPU time"), *map(columns, in_turns(by_hand, with_fabric)), strict=True
+    ):
+        raw, ours = statistics.median(bare_times), statistics.median(times)
+        ratio = statistics.median(b / a for a, b in zip(bare_times, times, strict=True))
+        fabric.print(
+            f"stage {stage}, {what}: by hand {raw * 1e3:.2f} ms, Fabric {ours * 1e3:.2f} ms ({ours / raw:.3f}x; "
+            f"median of neighbours {ratio:.3f}x)"
+        )
+
+
+def columns(rows: list[tuple[float, float]]) -> list[tuple[float, ...]]:
+    """Of pairs, the first of each and the second of each."""
+    return list(zip(*rows, strict=True))
 
 
 def main() -> None:

@@ -127,3 +127,19 @@ def one_alone(mode):
 
 def test_a_process_on_its_own_waits_for_nobody(workers):
     assert workers(2).run(one_alone, "nf4", timeout=20) == [True, None]
+
+
+def save_sharded(path):
+    fabric = Fabric(**TWO_RANKS | {"strategy": "fsdp"})
+    fabric.launch()
+    model = fabric.setup_module(Model(seed=1))
+    fabric.save(path, {"model": model})
+
+
+@pytest.mark.parametrize("mode", FROZEN)
+def test_a_sharded_checkpoint_in_floating_point_is_quantized_while_it_is_loaded(workers, tmp_path, mode):
+    workers(2).run(save_sharded, str(tmp_path / "sharded"))
+    fabric = Fabric(accelerator="cpu", devices=1, precision=f"bnb-{mode}")
+    model = fabric.setup(Model(seed=2))
+    fabric.load(tmp_path / "sharded", {"model": model})
+    assert equal(state(model), state(fabric.setup(Model(seed=1))))

@@ -1,5 +1,6 @@
 """What ``Fabric(precision="bnb-...")`` does with a module at set-up, and what it refuses."""
 
+import copy
 import gc
 import pickle
 import weakref
@@ -355,3 +356,12 @@ def test_no_more_than_one_weight_is_there_in_full_and_in_few_bits(monkeypatch):
     monkeypatch.setattr(QuantizedLinear4bit, "pack", noting)
     fabric_of("bnb-nf4").setup(net)
     assert alive == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_that_was_set_up_can_be_pickled_and_copied(mode):
+    model = fabric_of(f"bnb-{mode}").setup(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)))
+    x = torch.randn(2, 64)
+    for twin in (pickle.loads(pickle.dumps(model.module)), copy.deepcopy(model.module)):
+        assert torch.equal(twin(x), model.module(x))
+        assert type(twin[0]) is LAYERS[mode]

@@ -52,6 +52,18 @@ def adversaries(fabric):
     return modules
 
 
+def one_loss(fabric):
+    """An encoder and a decoder with an optimizer each, and one backward for both."""
+    modules = small(1, INPUTS, 5), small(2, 5, OUTPUTS)
+    (encoder, first), (decoder, second) = two(fabric, *modules)
+    for x, y in data(fabric):
+        fabric.backward((decoder(encoder(x)) - y).square().mean(), model=decoder)
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    return modules
+
+
 def clipped(fabric):
     modules = network(), small(3, INPUTS, OUTPUTS)
     pairs = two(fabric, *modules)

@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -52,7 +52,7 @@ def load(device_type: str | None = None) -> ModuleType:
 
 def check_release() -> None:
     """``ImportError`` if DeepSpeed is not installed, ``RuntimeError`` if its release is too old. Imports nothing."""
-    if find_spec("deepspeed") is None:
+    if not _installed():
         raise PluginLoadError("The strategy needs DeepSpeed, which is not installed: pip install deepspeed")
     from packaging.version import Version
 
@@ -65,6 +65,13 @@ def check_release() -> None:
             f"DeepSpeed {found} is installed, and fabric-deepspeed needs {OLDEST} or newer: "
             f"pip install --upgrade 'deepspeed>={OLDEST}'"
         )
+
+
+def _installed() -> bool:
+    try:
+        return find_spec("deepspeed") is not None
+    except (ImportError, ValueError):  # somebody keeps it from being imported
+        return False
 
 
 def _import(device_type: str | None) -> ModuleType:
@@ -116,6 +123,22 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
         ) from error
 
 
+def check_first_devices(devices: Sequence[torch.device], variable: str) -> None:
+    """``RuntimeError`` unless process n has device n: DeepSpeed takes the local rank for the index of the device.
+
+    Args:
+        devices: of this node, in order of local rank; those without an index are all the same one.
+        variable: the environment variable that chooses which devices a process sees.
+    """
+    indices = [device.index for device in devices]
+    if None not in indices and indices != list(range(len(indices))):
+        wanted = ",".join(map(str, indices))
+        raise UsageError(
+            f"devices={indices}: DeepSpeed gives process n the device n, so it uses the first {len(indices)} devices "
+            f"that it sees. Let it see those that you mean, {variable}={wanted}, and pass devices={len(indices)}."
+        )
+
+
 def check_dtype(deepspeed: ModuleType, dtype: torch.dtype) -> None:
     """``NotImplementedError`` if DeepSpeed does not compute in ``dtype`` on the devices of this process."""
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -130,7 +153,7 @@ def check_dtype(deepspeed: ModuleType, dtype: torch.dtype) -> None:
 def visibility_variables(deepspeed: ModuleType) -> str:
     """The environment variable that hides devices from a process, such as ``CUDA_VISIBLE_DEVICES``."""
     names: list[str] = deepspeed.accelerator.get_accelerator().visible_devices_envs()
-    return " or ".join(names)
+    return names[0]
 
 
 def silenced() -> AbstractContextManager[Any]:

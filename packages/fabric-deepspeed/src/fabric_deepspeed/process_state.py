@@ -12,9 +12,11 @@ import torch
 
 from fabric_deepspeed.backend import LOGGER
 
+_RANGES: Final = "deepspeed.utils.nvtx"
 _MODULES: Final = (
     "deepspeed.comm.comm",
     "deepspeed.utils.groups",
+    _RANGES,
     "deepspeed.runtime.activation_checkpointing.checkpointing",
     "deepspeed.runtime.zero.parameter_offload",
 )
@@ -130,3 +132,8 @@ def configure_activation_checkpointing(deepspeed: ModuleType, config: Mapping[st
     section = config.get("activation_checkpointing")
     if section and any(section.values()):
         deepspeed.checkpointing.configure(None, deepspeed_config=dict(config))
+
+
+def stop_profiler_ranges() -> None:
+    """Have DeepSpeed name nothing for profilers until the end: the compiler would break its graphs there."""
+    importlib.import_module(_RANGES).enable_nvtx = False  # type: ignore[attr-defined]

@@ -19,7 +19,14 @@ from fabric_core.distributed.group import DEFAULT_TIMEOUT
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError, UsageError
 from fabric_core.precision import Precision
 from fabric_core.strategies import ParallelStrategy
-from fabric_deepspeed.backend import check_dtype, check_release, load, start_communication, visibility_variables
+from fabric_deepspeed.backend import (
+    check_dtype,
+    check_first_devices,
+    check_release,
+    load,
+    start_communication,
+    visibility_variables,
+)
 from fabric_deepspeed.checkpoint.mixin import DeepSpeedCheckpoints
 from fabric_deepspeed.clipping import clip_next_step, clips_in_its_step
 from fabric_deepspeed.config.document import advise_on_offload, assemble, config_keywords, finalize, zero_stage
@@ -30,7 +37,7 @@ from fabric_deepspeed.gradients import retain_graph
 from fabric_deepspeed.initialising import split_while_building
 from fabric_deepspeed.live_engines import LiveEngines
 from fabric_deepspeed.precision import DeepSpeedPrecision
-from fabric_deepspeed.process_state import configure_activation_checkpointing, shared_state
+from fabric_deepspeed.process_state import configure_activation_checkpointing, shared_state, stop_profiler_ranges
 
 if TYPE_CHECKING:
     from fabric_core.abc.accelerator import Accelerator
@@ -149,7 +156,7 @@ class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
                 'by itself: pass a name, such as precision="bf16-mixed", or a DeepSpeedPrecision.'
             )
         deepspeed = load(self.root_device.type)
-        self._check_devices(deepspeed)
+        check_first_devices(self.parallel_devices or [], visibility_variables(deepspeed))
         check_dtype(deepspeed, self.precision.compute_dtype)
         super().setup_environment()
         self._deepspeed = deepspeed
@@ -159,17 +166,6 @@ class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
         self._tell_environment()
         start_communication(deepspeed, self.process_group_backend)
         configure_activation_checkpointing(deepspeed, self.config)
-
-    def _check_devices(self, deepspeed: ModuleType) -> None:
-        """DeepSpeed takes the local rank for the index of the device."""
-        indices = [device.index for device in self.parallel_devices or ()]
-        if self.root_device.type != "cpu" and indices != list(range(len(indices))):
-            variable = visibility_variables(deepspeed)
-            wanted = ",".join(map(str, indices))
-            raise UsageError(
-                f"devices={indices}: DeepSpeed gives process n the device n, so it can use the first {len(indices)} "
-                f"devices only. Show it those that you mean, {variable}={wanted}, and pass devices={len(indices)}."
-            )
 
     def _finalize_config(self) -> None:
         before = self.config
@@ -221,8 +217,8 @@ class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
         """
         if len(optimizers) != 1:
             raise InvalidArgumentError(
-                f"fabric.setup(model, ...) was given {len(optimizers)} optimizers, and DeepSpeed takes one optimizer for "
-                "each model. Use one with several parameter groups: Adam([{'params': a, 'lr': 1e-3}, {'params': b}])."
+                f"fabric.setup(model, ...) was given {len(optimizers)} optimizers, and DeepSpeed takes one optimizer "
+                "for each model. Use one with several groups: Adam([{'params': first, 'lr': 0.1}, {'params': others}])."
             )
         optimizer = optimizers[0]
         advise_on_offload(self.config, optimizer)
@@ -239,11 +235,12 @@ class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
     def setup_compiled(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any, compile: Callable[[Any], Any]
     ) -> tuple[nn.Module, list[Optimizer], Any]:
-        """Compile the module's forward, inside the engine."""
+        """Compile the module's forward, inside the engine. What DeepSpeed does around it is not compiled."""
         if optimizers:
             engine, optimizers, scheduler = self.setup_module_and_optimizers(module, optimizers, scheduler)
         else:
             engine = self.setup_module(module)
+        stop_profiler_ranges()
         module.forward = compile(module.forward)
         return engine, optimizers, scheduler
 

@@ -26,15 +26,7 @@ class DynamicScaler(Scaler):
 
 
 class Address:
-    """Stands for where a parameter lies in a rank's flat memory.
-
-    Attributes:
-        start: first element.
-        numel: how many.
-    """
-
-    start: int
-    numel: int
+    """Stands for where a parameter lies in a rank's flat memory. It is not always right, and nothing here uses it."""
 
 
 _STAND_INS: Final[list[Callable[..., Any] | tuple[Callable[..., Any], str]]] = [

@@ -34,7 +34,8 @@ LAYOUT: Final = FolderLayout(marker=LATEST, held=LATEST, is_part=_OURS.__contain
 
 def claims(folder: str) -> bool:
     """Whether a local folder is one of DeepSpeed's, or so close to one that its reader should say what is wrong."""
-    return _has_states(folder) or _tag_of(folder) is not None or bool(_tags_in(folder))
+    tag = _tag_of(folder)
+    return _has_states(folder) or bool(_tags_in(folder)) or (tag is not None and _has_states(os.path.join(folder, tag)))
 
 
 def tag_folder(path: str) -> str:

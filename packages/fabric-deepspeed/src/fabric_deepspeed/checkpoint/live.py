@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_core.checkpoint.portable import clean_name
-from fabric_deepspeed.checkpoint.partitions import partition_length
+from fabric_deepspeed.checkpoint.partitions import offsets, overlap, partition_length
 from fabric_deepspeed.engine import Engine
 
 
@@ -109,12 +109,16 @@ def _of_stage_1_and_2(
 ) -> FlatOptimizer:
     names = names_of(engine)
     fragments: dict[str, Fragment] = {}
-    for flat, group in enumerate(groups):
-        for parameter in group:
-            mapping: Any = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-                fragments[names[parameter]] = Fragment(flat, there.start, here.start, here.numel)
+    # DeepSpeed's own note of where a parameter is (_hp_mapping) is wrong if groups are laid out in another order.
+    in_memory = getattr(optimizer, "round_robin_bit16_groups", groups)
+    gaps = getattr(optimizer, "round_robin_bit16_padding", [None] * len(groups))
+    for flat, parameters in enumerate(in_memory):
+        numbers = [parameter.numel() for parameter in parameters]
+        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[flat])
+        for parameter, first, number in zip(parameters, offsets(numbers, gaps[flat]), numbers, strict=True):
+            there, here, length = overlap(first, number, flats[flat].numel(), rank)
+            if length > 0:
+                fragments[names[parameter]] = Fragment(flat, there, here, length)
     named = [[names[parameter] for parameter in group] for group in groups]
     return FlatOptimizer(optimizer.optimizer, flats, named, [[flat] for flat in range(len(flats))], fragments)
 

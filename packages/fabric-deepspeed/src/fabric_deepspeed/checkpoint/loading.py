@@ -20,9 +20,9 @@ from fabric_core.checkpoint.plan import Plan, plan_module
 from fabric_core.checkpoint.portable import clean_keys
 from fabric_core.checkpoint.state import check_keys, is_stateful
 from fabric_core.errors import CheckpointError
-from fabric_deepspeed.checkpoint.files import DynamicScaler
 from fabric_deepspeed.checkpoint.live import flat_optimizer
 from fabric_deepspeed.checkpoint.optimizer_state import Match, load_state, match_state
+from fabric_deepspeed.checkpoint.saved import copied
 from fabric_deepspeed.checkpoint.weights import check_weights, load_weights
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class EngineLoading:
             self._match.carry_out(self._source)
             engine.optimizer.load_state_dict(self._source.own(self._match.state))
         elif self._named.optimizer is not None and self._same_form() and self._saved is not None:
-            engine.optimizer.load_state_dict(self._saved.raw_optimizer)
+            engine.optimizer.load_state_dict(copied(self._saved.raw_optimizer))
         if self._named.optimizer is not None and self._saved is not None:
             self._restore_progress(self._saved)
         for key, plan in self._plans.items():
@@ -140,7 +140,9 @@ class EngineLoading:
     def _same_form(self) -> bool:
         """Whether the engine's optimizer is of the kind that has written the state, and no other reads."""
         raw, optimizer = (None if self._saved is None else self._saved.raw_optimizer), self._named.engine.optimizer
-        return isinstance(raw, Mapping) and "fp32_groups_flat" in raw and hasattr(optimizer, "fp32_groups_flat")
+        if not isinstance(raw, Mapping) or optimizer is None or flat_optimizer(self._named.engine) is not None:
+            return False
+        return bool(raw.keys() == optimizer.state_dict().keys())
 
     def _restore_progress(self, saved: SavedEngine) -> None:
         """The engine's counters and the state of its loss scaler, which belong to its optimizer."""
@@ -148,8 +150,8 @@ class EngineLoading:
         for name, value in saved.counters.items():
             setattr(engine, name, value)
         live, scaler = getattr(engine.optimizer, "loss_scaler", None), saved.scaler
-        if live is None or scaler is None or isinstance(scaler, DynamicScaler) != bool(getattr(live, "dynamic", False)):
-            return
+        if live is None or scaler is None or getattr(scaler, "dynamic", False) != getattr(live, "dynamic", False):
+            return  # a scale that changes says nothing about one that does not
         vars(live).update({key: value for key, value in vars(scaler).items() if key in vars(live)})
 
     def _plan(self, target: Any, stored: Any, name: str) -> Plan:

@@ -39,12 +39,23 @@ class OptimizerFiles:
             self._bases = [part["optimizer_state_dict"] for part in self._parts]
             _refuse_smaller_groups(first.get("partition_count"), len(contents), path)
             self.places = cut_each(shapes, len(contents))
-        elif "param_slice_mappings" in first:
+        elif "single_partition_of_fp32_groups" in first:
             self._flats = [dict(enumerate(part["single_partition_of_fp32_groups"])) for part in self._parts]
             self._bases = [part["base_optimizer_state"] for part in self._parts]
-            self.places = cut_by_group(shapes, [part["param_slice_mappings"] for part in self._parts])
+            # Only the last rank's partition may be stored without what fills it up.
+            lengths = [flat.numel() for flat in first["single_partition_of_fp32_groups"]]
+            self.places = cut_by_group(shapes, first.get("param_alignment_paddings"), lengths, len(contents))
         else:
             raise CheckpointError(f"{path!r} holds no optimizer of DeepSpeed that this version reads.")
+        self._check(path)
+
+    def _check(self, path: str) -> None:
+        """``CheckpointError`` if the ranks together have not all of a parameter."""
+        for name, shape in self.places.shapes.items():
+            pieces = self.places.pieces[name]
+            there = all(self._flats[one.rank][one.flat].numel() >= one.start + one.length for one in pieces)
+            if not there or sum(piece.length for piece in pieces) != shape.numel():
+                raise CheckpointError(f"{path!r} is damaged: the files of all ranks hold but a part of {name!r}.")
 
     @property
     def scaler(self) -> Scaler | None:

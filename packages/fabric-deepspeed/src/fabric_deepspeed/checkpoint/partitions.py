@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fabric_core.checkpoint.conversion.streams import StreamedTensor
-from fabric_core.errors import CheckpointError
-from fabric_deepspeed.checkpoint.files import Address
 
 Memory = Sequence[Mapping[int, Tensor]]
 """By rank and number of the flat tensor."""
@@ -58,26 +57,43 @@ class Places:
 
 
 def cut_by_group(
-    shapes: Sequence[Mapping[str, torch.Size]], mappings: Sequence[Sequence[Mapping[str, Address]]]
+    shapes: Sequence[Mapping[str, torch.Size]],
+    gaps: Sequence[Sequence[int]] | None,
+    lengths: Sequence[int],
+    world_size: int,
 ) -> Places:
     """Stages 1 and 2.
 
     Args:
-        shapes: of the parameters of each group.
-        mappings: for each rank and group, where in the rank's partition the parameters are that it has something of.
-
-    Raises:
-        CheckpointError: the ranks together have not all of a parameter.
+        shapes: of the parameters of each group, in the order in which they lie in memory.
+        gaps: for each group, how many elements are unused after each parameter; none if not given.
+        lengths: for each group, how long a partition is.
+        world_size: how many partitions there are.
     """
     places = _without_pieces(shapes)
-    for rank, groups in enumerate(mappings):
-        for flat, addresses in enumerate(groups):
-            for name, address in addresses.items():
-                places.pieces[name].append(Piece(rank, flat, address.start, address.numel))
-    for name, shape in places.shapes.items():
-        if sum(piece.length for piece in places.pieces[name]) != shape.numel():
-            raise CheckpointError(f"The checkpoint is damaged: the files of all ranks hold but a part of {name!r}.")
+    for flat, names in enumerate(places.flats):
+        numbers = [places.shapes[name].numel() for name in names]
+        for name, first, number in zip(names, offsets(numbers, gaps[flat] if gaps else None), numbers, strict=True):
+            for rank in range(world_size):
+                start, _, length = overlap(first, number, lengths[flat], rank)
+                if length > 0:
+                    places.pieces[name].append(Piece(rank, flat, start, length))
     return places
+
+
+def offsets(numbers: Sequence[int], gaps: Sequence[int] | None) -> list[int]:
+    """Where tensors of so many elements begin that lie end to end, with so many unused elements after each."""
+    widths = numbers if gaps is None else [number + gap for number, gap in zip(numbers, gaps, strict=True)]
+    return [0, *accumulate(widths)][:-1]
+
+
+def overlap(first: int, number: int, length: int, rank: int) -> tuple[int, int, int]:
+    """What rank ``rank``'s partition of ``length`` elements has of the ``number`` elements from ``first`` on.
+
+    Where that begins in the partition, where among the elements, and how many there are, none if that is not positive.
+    """
+    begin = max(first, rank * length)
+    return begin - rank * length, begin - first, min(first + number, (rank + 1) * length) - begin
 
 
 def cut_each(shapes: Sequence[Mapping[str, torch.Size]], world_size: int) -> Places:

@@ -66,13 +66,16 @@ class SavedEngine:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """What else the user has saved: rank 0's."""
+        """What else the user has saved: rank 0's, in memory."""
         if self._entry:
             own = {key: self._first[key] for key in self._entry["keys"] if key in self._first}
-            return {**own, **self._entry["values"]}
-        values = {key: value for key, value in self._first.items() if key not in _OF_DEEPSPEED}
-        scheduler = self._first.get("lr_scheduler")
-        return values if scheduler is None else {"lr_scheduler": scheduler, **values}
+            values = {**own, **self._entry["values"]}
+        else:
+            values = {key: value for key, value in self._first.items() if key not in _OF_DEEPSPEED}
+            scheduler = self._first.get("lr_scheduler")
+            values = values if scheduler is None else {"lr_scheduler": scheduler, **values}
+        result: dict[str, Any] = copied(values)
+        return result
 
     @property
     def counters(self) -> dict[str, int]:
@@ -115,8 +118,11 @@ class SavedEngine:
         if not isinstance(state, Mapping) or "param_groups" not in state:
             return None
         same: dict[object, StreamedTensor] = {}  # a stage without partitions: as the optimizer itself gave it
-        result: dict[str, Any] = replaced(dict(state), lambda leaf: _streamed_once(leaf, same))
-        return result
+        streams: dict[str, Any] = replaced(
+            _by_name(dict(state), self._entry.get("parameters")),
+            lambda leaf: copied(leaf) if _is_number(leaf) else _streamed_once(leaf, same),
+        )
+        return streams
 
     @property
     def raw_optimizer(self) -> Any:
@@ -193,6 +199,21 @@ class SavedEngine:
             )
 
 
+def _by_name(state: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
+    """The state of an optimizer by names, where Fabric has stored them; else by the numbers that it has."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if names is None or len(names) != len(numbers):
+        return state
+    named = dict(zip(numbers, names, strict=True))
+    groups = [{**group, "params": [named[number] for number in group["params"]]} for group in state["param_groups"]]
+    entries = {named.get(number, number): entry for number, entry in state["state"].items()}
+    return {**state, "state": entries, "param_groups": groups}
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() == 0  # a step, which is counted up in place
+
+
 def _by_rank(names: list[str], suffix: str) -> dict[int, str]:
     return {rank_of(name) or 0: name for name in names if name.endswith(suffix)}
 
@@ -200,9 +221,21 @@ def _by_rank(names: list[str], suffix: str) -> dict[int, str]:
 def _streamed_once(value: Any, same: dict[object, StreamedTensor], whole: bool = False) -> Any:
     """A tensor as a stream, the same one for the same memory; ``whole`` for float32 in the place of 16 bits."""
     if not isinstance(value, Tensor) or not is_plain_tensor(value):
-        return value
+        return copied(value)
     memory = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
     stream = same.setdefault(memory, streamed(value.detach()))
     if whole and value.is_floating_point() and value.element_size() < 4:
         return stream.to(torch.float32)
     return stream
+
+
+def copied(tree: Any) -> Any:
+    """``tree`` with copies of its tensors: those from a file are windows on it."""
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        own = leaf.detach().clone()
+        return torch.nn.Parameter(own, leaf.requires_grad) if isinstance(leaf, torch.nn.Parameter) else own
+
+    return replaced(tree, copy)
