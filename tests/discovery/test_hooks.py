@@ -87,7 +87,9 @@ def test_a_broken_hook_module_warns_once_and_names_its_distribution(
     with pytest.warns(PluginWarning, match=r"the hooks of fabric-bad 1\.0 are not used") as warned:
         assert len(offers(registry)) == 1
     assert len(offers(registry)) == len(warned) == 1
-    assert [finding.subject for finding in registry.diagnose()] == ["fabric-bad 1.0"]
+    subjects = [finding.subject for finding in registry.diagnose()]
+    assert subjects.count("fabric-bad 1.0") == 1
+    assert not any("fabric-foo" in subject for subject in subjects)
 
 
 def test_strictness_makes_it_an_error(registry: Registry, site: PluginSite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,3 +82,7 @@ def test_the_names_of_our_own_backends_have_an_owner(kind: str, name: str, dist:
 def test_a_device_that_only_a_plugin_serves_has_a_hint() -> None:
     assert device_hint("cuda") == "fabric-cuda"
     assert device_hint("cpu") is None
+
+
+def test_entry_points_that_were_given_are_not_looked_through_without_end() -> None:
+    assert "nothing_of_that_name" in refusal(Registry(entry_points=()), "nothing_of_that_name")

@@ -48,7 +48,7 @@ class Lookup:
             return self._in_one_distribution(kind, name)
         if ":" in name:
             return _import_string(kind, name)
-        scans = self._discovery.scans
+        scans, again = self._discovery.scans, False
         while True:
             rules = self._rules()
             ref = self._without_scan(kind, name, rules) or self._with_scan(kind, name, rules)
@@ -57,11 +57,12 @@ class Lookup:
                 ref = self._runtime.find(kind, name)
             if ref is not None:
                 return ref
-            if self._discovery.scans > scans or not rules.switches.autoload:
+            if again or self._discovery.scans > scans or not rules.switches.autoload:
                 raise self.unknown((kind,), name)
             # The answer came from memory: something may have been installed since, as in a notebook.
             self._discovery.refresh()
             self._discovery.entries()
+            again = True
 
     def refs(self, kind: str) -> list[PluginRef]:
         """Every plugin of a kind, whatever its status: registered at run time, core's, and installed ones."""
