@@ -126,6 +126,12 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     )
 
 
+def stays(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs had the same weights and went on in the same way, bit by bit."""
+    same = apart(one["weights"], other["weights"]) == 0 and apart(one["after"], other["after"]) == 0
+    return same and one["losses"] == other["losses"]
+
+
 def message(call: Any, *args: Any, **kwargs: Any) -> str:
     """The type and text of the error that a call raises."""
     try:
@@ -162,3 +168,16 @@ def loaded_run(
     after = whole(fabric, model)
     fabric.teardown()
     return {"weights": weights, "losses": losses, "after": after, "rest": rest, "step": state.get("step")}
+
+
+def saved_once(workers: Any, folders: Any) -> Any:
+    """A function of stage and precision: the folder that two ranks saved, and what they did then; each made once."""
+    made: dict[Any, Any] = {}
+
+    def get(stage: int, precision: str = "32-true") -> tuple[str, dict[str, Any]]:
+        if (stage, precision) not in made:
+            folder = str(folders.mktemp("run") / "ck")
+            made[stage, precision] = folder, run(workers(2), saved_run, folder, stage, precision)[0]
+        return made[stage, precision]  # type: ignore[no-any-return]
+
+    return get

@@ -110,6 +110,13 @@ class Run:
 def train(strategy, run):
     """Losses over all ranks, gradient norms and full final parameters."""
     fabric = launched(strategy, run.strategy if isinstance(strategy, int) else None, precision=run.precision)
+    try:
+        return _trained(fabric, run)
+    finally:
+        fabric.teardown()
+
+
+def _trained(fabric, run):
     module = network()
     options = {"lr": 0.01, **run.arguments}
     model, optimizer = fabric.setup(module, getattr(torch.optim, run.optimizer)(module.parameters(), **options))
@@ -129,10 +136,7 @@ def train(strategy, run):
         if not run.zero_first:
             optimizer.zero_grad()
         losses.append(total)
-    losses = fabric.all_reduce(torch.tensor(losses)).tolist()
-    parameters = whole(module)
-    fabric.teardown()
-    return losses, norms, parameters
+    return fabric.all_reduce(torch.tensor(losses)).tolist(), norms, whole(module)
 
 
 def against_ddp(strategy, run, reference=None):

@@ -1,8 +1,5 @@
 """Engines: who finds which, what they do to a module, and what is left of them at the end."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from deepspeed_network import INPUTS, batches, launched, message, network
@@ -17,7 +14,7 @@ def holders(stage):
     owned = []
     for _ in range(2):
         module = network()
-        model, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters()))
+        _, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters()))
         engine = fabric.strategy.model
         owned.append((engine, [engine, module, optimizer.optimizer, engine.optimizer]))
     found = [all(engine_of(one) is engine for one in objects) for engine, objects in owned]
@@ -35,29 +32,6 @@ def test_an_engine_is_found_by_what_belongs_to_it(stage, workers):
         assert foreign == [None] * 5
         assert afterwards == [None] * 8
         assert engines == []
-
-
-def dropped(stage):
-    """Whether an engine goes with the model, and the next model is then the only one."""
-    fabric = launched(stage)
-    module = network()
-    model, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters()))
-    engine = weakref.ref(fabric.strategy.model)
-    del model, optimizer, module
-    gc.collect()
-    gone = engine() is None
-    module = network()
-    model, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters()))
-    x, y = batches(1, fabric.global_rank, 2)[0]
-    fabric.backward((model(x) - y).square().mean())
-    optimizer.step()
-    fabric.teardown()
-    return gone
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_an_engine_goes_with_its_model(stage, workers):
-    assert workers(2).run(dropped, stage) == [True, True]
 
 
 def hooks(module):
@@ -160,7 +134,7 @@ def odd(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_parameter_in_another_order_of_memory(stage, workers):
-    assert workers(2).run(odd, stage) == [0.0, 0.0]
+    assert max(workers(2).run(odd, stage)) <= 1e-6
 
 
 def evaluated_in_inference_mode():

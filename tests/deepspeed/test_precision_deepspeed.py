@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from deepspeed_network import INPUTS, launched, message
+from deepspeed_network import INPUTS, half_on_cpu, launched, message
 from torch import nn
 
 from fabric_core.precision import MixedPrecision
@@ -85,18 +85,18 @@ def trained(stage, precision):
     output = model(torch.ones(2, INPUTS))
     fabric.backward(output.square().mean())
     optimizer.step()
-    masters = {str(p.dtype) for group in optimizer.param_groups for p in group["params"]}
+    moments = {str(state["exp_avg"].dtype) for state in optimizer.state.values()}
     fabric.teardown()
-    return module.seen, str(output.dtype), masters, str(module.scale.dtype)
+    return module.seen, str(output.dtype), moments, str(module.scale.dtype)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_compute_in_16_bits_and_updates_in_32(stage, precision, workers):
-    for seen, output, masters, buffer in workers(2).run(trained, stage, precision):
+    for seen, output, moments, buffer in workers(2).run(trained, stage, precision):
         assert seen == ["torch.bfloat16"] * 3
         assert output == "torch.float32"
-        assert masters == {"torch.float32"}
+        assert moments == {"torch.float32"}
         assert buffer == ("torch.bfloat16" if precision == "bf16-true" else "torch.float32")
 
 
@@ -116,8 +116,6 @@ def test_a_precision_that_casts_by_itself_is_refused(workers):
 
 
 def half_where_there_is_none():
-    from deepspeed_network import half_on_cpu
-
     return half_on_cpu() or message(launched, 1, precision="16-true")
 
 
@@ -128,3 +126,30 @@ def test_a_dtype_that_the_device_lacks_is_told_at_launch(workers):
         assert text.startswith("UnsupportedError: ")
         assert "torch.float16 on this cpu device" in text
         assert "bf16-true" in text
+
+
+def float16(stage):
+    """Parameters after some steps of SGD, clipped, with a loss scale; and those of float32 under ddp."""
+    from deepspeed_network import apart, batches, network, whole
+
+    from fabric_deepspeed import DeepSpeedStrategy
+
+    ends = []
+    for strategy, precision in (("ddp", "32-true"), (DeepSpeedStrategy(stage=stage, initial_scale_power=8), "16-true")):
+        fabric = launched(strategy, precision=precision)
+        module = network()
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        for x, y in batches(6, fabric.global_rank, 2):
+            fabric.backward((model(x) - y).square().mean())
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(whole(module))
+        fabric.teardown()
+    return apart(*ends)
+
+
+@pytest.mark.skipif(not half_on_cpu(), reason="this processor has no float16 arithmetic")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_float16_steps_have_their_true_size(stage, workers):
+    assert max(workers(2).run(float16, stage)) <= 5e-3

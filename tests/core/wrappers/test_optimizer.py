@@ -227,3 +227,31 @@ def test_an_optimizer_of_ones_own_needs_no_base_class():
     _, optimizer = Fabric(accelerator="cpu", devices=1).setup(module, Plain(module.parameters()))
     optimizer.step()
     assert optimizer.state_dict() == {"steps": 1}
+
+
+class Keeping(SingleDeviceStrategy):
+    """Keeps gradients beside the optimizer, as strategies with engines do."""
+
+    cleared: list[tuple[Optimizer, bool]]
+
+    def zero_grad(self, optimizer, set_to_none=True):
+        self.cleared.append((optimizer, set_to_none))
+
+
+def test_clearing_gradients_goes_through_a_strategy_that_keeps_them():
+    strategy = Keeping("cpu")
+    strategy.cleared = []
+    module = nn.Linear(2, 1)
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy)
+    model, optimizer = fabric.setup(module, SGD(module.parameters(), lr=0.1))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert strategy.cleared == [(optimizer.optimizer, False)]
+    assert module.weight.grad is not None
+
+
+def test_a_strategy_clears_what_the_optimizer_clears_if_it_says_nothing_else():
+    module = nn.Linear(2, 1)
+    module(torch.ones(1, 2)).sum().backward()
+    SingleDeviceStrategy("cpu").zero_grad(SGD(module.parameters(), lr=0.1), set_to_none=False)
+    assert module.weight.grad.tolist() == [[0.0, 0.0]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -25,6 +24,7 @@ class Gradients:
     DeepSpeed exchanges gradients in the backward pass that is at a boundary: by default every one.
 
     Attributes:
+        engine: whose gradients they are.
         stage: ZeRO's.
         managed: DeepSpeed counts backward passes; otherwise its step is the boundary, whatever was before.
         pending: the last backward pass only accumulated; the exchange between processes is still to come.
@@ -35,19 +35,16 @@ class Gradients:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = weakref.ref(engine)
+        self.engine = engine
         self.stage = int(engine.zero_optimization_stage())
         self.managed = bool(getattr(engine, "managed_gradient_accumulation", lambda: True)())
+        # Without ZeRO, newer releases divide float16 gradients by the loss scale and do not multiply the loss by it.
+        self._scales_loss = self.stage == 0 and engine.fp16_enabled() and not hasattr(engine, "_do_optimizer_backward")
         self.pending = False
         self.ready = False
         self.touched = False
         self.held_back = False
         self.undo_clipping: Callable[[], None] | None = None
-
-    @property
-    def engine(self) -> Engine:
-        """The engine; ``None`` once nobody holds it any more."""
-        return self._engine()
 
     def hold_back(self, held_back: bool) -> None:
         """Whether backward passes only accumulate from now on, or exchange where the engine counts the boundary."""
@@ -74,6 +71,8 @@ class Gradients:
             raise _no_loss(loss)
         engine = self.engine
         last = engine.is_gradient_accumulation_boundary()
+        if self._scales_loss:
+            loss = loss * engine.optimizer.loss_scale
         engine.backward(loss, retain_graph=retain_graph)
         _leave_backward(engine.optimizer)
         if self.managed:

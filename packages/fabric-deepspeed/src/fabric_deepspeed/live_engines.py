@@ -1,9 +1,9 @@
-"""The engines that a strategy has set up and that are still held by somebody."""
+"""The engines that a strategy has set up."""
 
 from __future__ import annotations
 
-import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,21 +14,21 @@ from fabric_deepspeed.gradients import Gradients
 
 
 class LiveEngines:
-    """Knows the engines without keeping them alive: the modules that ``setup`` returned do that."""
+    """Engines that train stay until the end: DeepSpeed's hooks on the parameters keep them anyway."""
 
     def __init__(self) -> None:
         self._engines: list[weakref.ref[Engine]] = []
         self._trained: list[Gradients] = []
-        self._gradients: weakref.WeakKeyDictionary[Engine, Gradients] = weakref.WeakKeyDictionary()
+        self._gradients: dict[Engine, Gradients] = {}
 
     def add(self, engine: Engine, *, trains: bool) -> None:
         """Remember an engine."""
-        self._engines = [found for found in self._engines if found() is not None] + [weakref.ref(engine)]
+        self._engines.append(weakref.ref(engine))
         if trains:
             self._gradients[engine] = gradients = Gradients(engine)
-            self._trained = [one for one in self._trained if one.engine is not None] + [gradients]
+            self._trained.append(gradients)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Engine]:
         return iter([engine for found in self._engines if (engine := found()) is not None])
 
     def find(self, obj: Any) -> Gradients | None:
@@ -61,13 +61,11 @@ class LiveEngines:
             RuntimeError: there is none.
             ValueError: there are several.
         """
-        if len(self._trained) != 1 or self._trained[0].engine is None:
-            gc.collect()  # an engine that nobody holds any more may live on in a cycle
-            self._trained = [one for one in self._trained if one.engine is not None]
         if len(self._trained) > 1:
             raise InvalidArgumentError(
                 f"{len(self._trained)} models are set up to be trained by DeepSpeed, each with a backward pass of its "
-                "own. Say which one the loss comes from: fabric.backward(loss, model=model)."
+                "own; one that is not used any more counts until fabric.teardown(). Say which one the loss comes from: "
+                "fabric.backward(loss, model=model)."
             )
         if not self._trained:
             raise UsageError(

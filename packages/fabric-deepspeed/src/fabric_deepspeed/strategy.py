@@ -45,7 +45,51 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
-    """Placeholder docstring."""
+    """DeepSpeed's ZeRO: optimizer states (stage 1), gradients too (2), parameters too (3) split over processes.
+
+    A model and its one optimizer are set up together, and then belong to a DeepSpeed engine, which runs backward and
+    step. ``fabric.backward``, ``optimizer.step``, ``zero_grad``, ``fabric.no_backward_sync`` and
+    ``fabric.clip_gradients(max_norm=...)`` do what they do under ddp; what an engine cannot do is an error. Several
+    models have an engine each: ``fabric.backward(loss, model=model)``. An engine lives until ``fabric.teardown()``.
+
+    The arguments become DeepSpeed's dictionary, ``config``, with its names where they differ; see its documentation
+    for what they do. A dictionary or file of your own may say more. Where both speak and differ, it is an error.
+
+    Args:
+        accelerator: the kind of device.
+        zero_optimization: ``False`` for stage 0, plain data parallelism.
+        stage: what is split, 0 to 3.
+        remote_device: where ``init_module`` keeps parameters at stage 3, if the dictionary does not say.
+        offload_optimizer: keep optimizer states off the device: ``offload_optimizer_device``,
+            ``optimizer_buffer_count``, ``pin_memory``.
+        offload_parameters: keep parameters off the device, at stage 3: ``offload_params_device``,
+            ``params_buffer_count``, ``params_buffer_size``, ``max_in_cpu``, ``pin_memory``.
+        nvme_path: the folder for what is offloaded to ``"nvme"``, with ``block_size``, ``queue_depth``,
+            ``single_submit``, ``overlap_events`` and ``thread_count`` for its input and output.
+        sub_group_size: how many parameters are updated at a time, at stage 3.
+        contiguous_gradients: copy gradients into one buffer as they come; ``overlap_comm``, ``allgather_partitions``,
+            ``reduce_scatter``, ``allgather_bucket_size`` and ``reduce_bucket_size`` say how they travel.
+        zero_allow_untested_optimizer: accept optimizers that DeepSpeed has not been tested with.
+        logging_batch_size_per_gpu: the batch size in DeepSpeed's log; it changes nothing else.
+        config: a dictionary, a ``DeepSpeedConfig``, or the path of a JSON file; else ``PL_DEEPSPEED_CONFIG_PATH``.
+        logging_level: of DeepSpeed's own log.
+        parallel_devices: the devices of this node.
+        cluster_environment: who starts the processes.
+        loss_scale: for float16; 0 adapts it, as ``initial_scale_power``, ``loss_scale_window``, ``hysteresis`` and
+            ``min_loss_scale`` say.
+        partition_activations: of layers run by ``deepspeed.checkpointing.checkpoint``: split what is kept for backward;
+            ``cpu_checkpointing``, ``contiguous_memory_optimization``, ``synchronize_checkpoint_boundary``.
+        load_full_weights: accepted; every kind of checkpoint is recognised by itself.
+        precision: the dtypes.
+        process_group_backend: ``"gloo"``, ``"nccl"``, ...
+        timeout: how long a collective waits for the other ranks.
+        exclude_frozen_parameters: do not save parameters that are not trained.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+        RuntimeError: its release is too old.
+        ValueError: an argument contradicts the configuration.
+    """
 
     setup_mode: ClassVar[Literal["either", "joint", "separate"]] = "joint"
     precision_family: ClassVar[str | None] = "deepspeed"
@@ -147,7 +191,8 @@ class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
 
         Raises:
             ImportError: DeepSpeed, or a native part of it, cannot be loaded.
-            RuntimeError: it is too old, works on another kind of device, or cannot address these devices.
+            RuntimeError: it works on another kind of device in this process, or cannot address these devices.
+            NotImplementedError: it does not compute in this precision here.
             TypeError: the precision is not one for DeepSpeed.
         """
         if not isinstance(self.precision, DeepSpeedPrecision) and type(self.precision) is not Precision:

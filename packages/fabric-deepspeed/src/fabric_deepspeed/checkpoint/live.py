@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_core.checkpoint.portable import clean_name
+from fabric_core.errors import UnsupportedError
 from fabric_deepspeed.checkpoint.partitions import offsets, overlap, partition_length
 from fabric_deepspeed.engine import Engine
 
@@ -91,8 +92,17 @@ def gathered(parameters: Sequence[Tensor], writer: int | None = None) -> Abstrac
 
 
 def flat_optimizer(engine: Engine) -> FlatOptimizer | None:
-    """The engine's optimizer if it is of the kind that stages 1 to 3 use."""
+    """The engine's optimizer if it is of the kind that stages 1 to 3 use.
+
+    ``UnsupportedError`` if its memory is on NVMe.
+    """
     optimizer = engine.optimizer
+    if getattr(optimizer, "swap_optimizer", False):
+        raise UnsupportedError(
+            "The optimizer's memory is on NVMe, where only DeepSpeed itself reaches it: "
+            "fabric.strategy.model.load_checkpoint(folder) loads what save_checkpoint(folder) has written. To begin "
+            "with other weights, load them into the module before fabric.setup(...)."
+        )
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _of_stage_3(engine, optimizer)
     for flats, groups in (

@@ -233,6 +233,11 @@ class _SaveRequest:
                 f"filter[{self.named.optimizer!r}]: DeepSpeed keeps the optimizer's state of many parameters in one "
                 "flat tensor, and saves it whole. Leave the filter out, or leave the optimizer out of the state."
             )
+        if self.keeps_alone and self.named.engine.has_moe_layers:
+            raise UnsupportedError(
+                "The model is a mixture of experts, of which each rank has some: they cannot be saved as one file. "
+                "Leave the filter out; DeepSpeed's layout holds them all."
+            )
         entries = live_state(self.named.engine)
         keep = filter.get(self.named.module or "")
         self.kept = {key for key, value in entries.items() if keep is None or keep(key, _outline(value))}

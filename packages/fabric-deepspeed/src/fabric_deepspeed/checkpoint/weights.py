@@ -67,7 +67,9 @@ def check_weights(engine: Engine, saved: Mapping[str, Any], strict: bool, option
     Raises:
         CheckpointKeyError: keys that differ, if ``strict``; all of them are named.
         CheckpointError: shapes that differ.
+        UnsupportedError: as ``flat_optimizer`` raises it.
     """
+    flat_optimizer(engine)
     live = live_state(engine)
     shapes = [
         f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(shape_of(live[key]))} in the module"
