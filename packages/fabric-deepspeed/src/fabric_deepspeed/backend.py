@@ -99,8 +99,6 @@ def _import(device_type: str | None) -> ModuleType:
 def start_communication(deepspeed: ModuleType, process_group_backend: str) -> None:
     """Have DeepSpeed use the process group that this process is in. Every rank calls it.
 
-    On CPUs this builds DeepSpeed's shared-memory collectives at the first use, which takes a minute.
-
     Raises:
         ImportError: a native part could not be built or loaded; the cause is chained.
     """
@@ -111,7 +109,7 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
             stacklevel=2,
         )
     try:
-        with _quiet(), silenced():
+        with _quiet(), silenced(), _without_inference_collectives():
             deepspeed.init_distributed(
                 dist_backend=process_group_backend, dist_init_required=False, auto_mpi_discovery=False, verbose=False
             )
@@ -121,6 +119,18 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
             f"{type(error).__name__}: {error}. Building needs a C++ compiler (g++), ninja on PATH and py-cpuinfo: "
             "pip install ninja py-cpuinfo"
         ) from error
+
+
+@contextmanager
+def _without_inference_collectives() -> Iterator[None]:
+    """On CPUs, DeepSpeed would compile a shared-memory all-reduce, for half a minute, that only its inference uses."""
+    backend = importlib.import_module("deepspeed.comm.torch")
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
 
 
 def check_first_devices(devices: Sequence[torch.device], variable: str) -> None:
