@@ -8,7 +8,7 @@ from torch import nn
 
 from fabric_bnb import QuantizedLinear4bit, QuantizedLinear8bit, TrainableLinear8bit
 from fabric_core import Fabric
-from fabric_core.errors import CheckpointError
+from fabric_core.errors import CheckpointError, CheckpointKeyError
 from fabric_core.module_init import EmptyInit
 
 KINDS = {
@@ -245,6 +245,17 @@ def test_a_raw_checkpoint_comes_back_too(mode, tmp_path):
     torch.save(saved.state_dict(), tmp_path / "raw.pt")
     fabric.load_raw(tmp_path / "raw.pt", loaded)
     assert equal(loaded.state_dict(), saved.state_dict())
+
+
+@pytest.mark.parametrize("mode", [*KINDS, "int8-training"])
+def test_a_checkpoint_with_unknown_keys_changes_nothing(mode, tmp_path):
+    fabric = fabric_of(mode)
+    fabric.save(tmp_path / "model.ckpt", {"model": {**fabric.setup(plain(1)).state_dict(), "other": torch.ones(1)}})
+    model = fabric.setup(plain(2))
+    before = copied(model.state_dict())
+    with pytest.raises(CheckpointKeyError, match=r"Nothing was loaded\. Unknown to the module: other"):
+        fabric.load(tmp_path / "model.ckpt", {"model": model})
+    assert equal(model.state_dict(), before)
 
 
 @FROZEN

@@ -1,6 +1,7 @@
 """``fabric.init_module()``: ``torch.nn.Linear`` makes quantised layers there, and is itself again afterwards."""
 
 import importlib
+import pickle
 import sys
 
 import pytest
@@ -106,6 +107,14 @@ def test_the_class_means_what_it_always_means_apart_from_calling_it():
     assert type(own) is Inside
     assert isinstance(own, nn.Linear)
     assert own(torch.ones(1, 4, dtype=torch.bfloat16)).shape == (1, 2)
+
+
+def test_modules_that_are_unpickled_inside_are_torchs_own():
+    pickled = pickle.dumps(nn.Sequential(nn.Linear(4, 2)))
+    with fabric_of("nf4").init_module():
+        net = pickle.loads(pickled)
+    assert type(net[0]) is ORIGINAL
+    assert pickle.dumps(net)
 
 
 def test_modules_that_are_imported_inside_hold_the_class_afterwards(tmp_path, monkeypatch):

@@ -118,19 +118,6 @@ def test_four_bits_compute_in_the_dtype_that_is_passed(dtype):
     assert model.seen[0] is dtype
 
 
-def test_layers_that_are_not_quantized_compute_in_their_own_dtype():
-    """Inputs arrive in bfloat16, which a convolution in float32 would refuse."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 6 * 6, 64), nn.Linear(64, 5))
-    seen = []
-    net[4].register_forward_hook(lambda layer, args, y: seen.append((args[0].dtype, y.dtype)))
-    model = given(BitsandbytesPrecision("nf4", ignore_modules={"4"})).setup(net)
-    model(torch.randn(2, 1, 8, 8)).sum().backward()
-    assert type(net[4]) is nn.Linear
-    assert seen == [(torch.float32, torch.float32)]
-    assert net[0].weight.grad.dtype is torch.float32
-
-
 def test_a_name_to_ignore_ends_at_a_dot_or_at_its_end():
     block = nn.ModuleDict({"a": Block(), "head": Block()})
     given(BitsandbytesPrecision("nf4", ignore_modules=["head", "a.head"])).setup(block)
@@ -143,7 +130,7 @@ def test_a_name_to_ignore_that_means_nothing_is_reported():
         given(BitsandbytesPrecision("nf4", ignore_modules={"haed"})).setup(Block())
 
 
-@pytest.mark.parametrize("ignored", ["head", [1], [""]])
+@pytest.mark.parametrize("ignored", ["head", [1], [""], 5, 0])
 def test_names_to_ignore_are_a_collection_of_names(ignored):
     with pytest.raises(InvalidTypeError, match="ignore_modules"):
         BitsandbytesPrecision("nf4", ignore_modules=ignored)
@@ -225,6 +212,13 @@ def test_what_is_built_of_quantized_layers_keeps_its_other_linear_layers():
     assert net[0].is_quantized
     assert net[0].compute_dtype is torch.bfloat16
     assert type(net[1]) is nn.Linear
+
+
+def test_layers_of_another_mode_stay_in_it_and_are_named():
+    net = nn.Sequential(QuantizedLinear4bit(64, 64), QuantizedLinear4bit(64, 64, quant_type="fp4"))
+    with pytest.warns(PossibleUserWarning, match=r"1 layers were .*'bnb-nf4' says: 1 \(fp4\)\. For this"):
+        fabric_of("bnb-nf4").setup(net)
+    assert net[1].mode == "fp4"
 
 
 def test_bitsandbytes_own_layers_are_used_as_they_are():
@@ -312,6 +306,18 @@ def test_a_precision_can_be_sent_to_another_process():
     assert precision.ignore_modules == {"head"}
 
 
+@pytest.mark.parametrize("copy_of", [lambda obj: pickle.loads(pickle.dumps(obj)), copy.deepcopy])
+def test_a_model_can_be_sent_after_its_weights_were_replaced(copy_of):
+    model = fabric_of("bnb-nf4").setup(Block())
+    x = torch.randn(2, 64)
+    assert torch.equal(copy_of(model)(x), model(x))
+
+
+def test_a_precision_object_is_no_name():
+    with pytest.raises(InvalidTypeError, match=r"an object, a BitsandbytesPrecision: pass it as plugins=\[\.\.\.\]"):
+        fabric_of(BitsandbytesPrecision("nf4"))
+
+
 def test_an_accelerator_that_cannot_do_it_is_refused(fake_backend, monkeypatch):
     monkeypatch.setattr(FakeAccelerator, "device_type", classmethod(lambda cls: "mps"))
     with pytest.raises(UsageError, match=r"precision='bnb-nf4' .* does not run on .*It runs on: cpu, cuda, hpu, xpu"):
@@ -335,7 +341,10 @@ def test_strategies_that_bring_an_engine_are_refused():
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 def test_the_names_do_not_exist_where_they_cannot_be_used(strategy):
-    with pytest.raises(InvalidArgumentError, match="'bnb-nf4' does not exist for fsdp strategies"):
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"'bnb-nf4' \(fabric-bnb .*\) does not go with fsdp strategies, which take '32-true'",
+    ):
         fabric_of("bnb-nf4", strategy=strategy)
 
 

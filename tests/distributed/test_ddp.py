@@ -120,6 +120,26 @@ def test_the_module_is_wrapped_once_and_starts_from_rank_zero(workers):
     assert first[:2] == ((["bias", "weight"], ["bias", "weight"]), ("DistributedDataParallel", True))
 
 
+def frozen():
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    torch.manual_seed(fabric.global_rank)
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
+    module[1].running_mean.normal_()
+    model = fabric.setup(module)
+    x = torch.ones(1, 2, requires_grad=True)
+    with fabric.no_backward_sync(model):
+        fabric.backward(model.eval()(x).sum())
+    return {key: value.tolist() for key, value in model.state_dict().items()}, x.grad.tolist()
+
+
+def test_a_frozen_module_starts_from_rank_zero_too(workers):
+    first, second = workers(2).run(frozen)
+    torch.manual_seed(0)
+    assert first == second
+    assert first[0]["0.weight"] == nn.Linear(2, 2).weight.tolist()
+
+
 def shards(shuffle, distribute):
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric
+from fabric_core.errors import CheckpointError, CheckpointKeyError
 
 
 class Weight(nn.Parameter):
@@ -50,6 +51,23 @@ def test_integers_are_not_written_over_by_floats_of_the_same_shape(fabric, tmp_p
     model = nn.Sequential(Scaled(values(2)))
     fabric.load(tmp_path / "x.ckpt", {"model": model})
     assert torch.equal(model[0].weight, Scaled(values(1)).weight)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unknown", "shape"])
+def test_what_is_not_below_the_loading_code_is_checked_before_anything_is_written(fabric, tmp_path, wrong):
+    state = nn.Sequential(Scaled(values(1)), nn.Linear(2, 2)).state_dict()
+    if wrong == "missing":
+        del state["1.bias"]
+    else:
+        state["1.bias" if wrong == "shape" else "2.bias"] = torch.ones(3)
+    fabric.save(tmp_path / "x.ckpt", {"model": state})
+    model = fabric.setup(nn.Sequential(Scaled(values(2)), nn.Linear(2, 2)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = CheckpointError if wrong == "shape" else CheckpointKeyError
+    with pytest.raises(expected, match=rf"Nothing was loaded\. .*{'2' if wrong == 'unknown' else '1'}\.bias") as caught:
+        fabric.load(tmp_path / "x.ckpt", {"model": model})
+    assert type(caught.value) is expected
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_state_outside_of_parameters_comes_back(fabric, tmp_path):

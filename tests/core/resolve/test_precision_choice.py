@@ -85,8 +85,33 @@ def test_a_family_of_strategies_has_precisions_of_its_own(family):
 
 
 def test_a_precision_that_a_family_lacks_lists_those_it_has(family):
-    with pytest.raises(ValueError, match="'bf16-mixed' does not exist for sharded strategies, which take '32-true'"):
+    with pytest.raises(ValueError, match=r"'bf16-mixed' \(fabric-core.*\) does not go with sharded .*take '32-true'"):
         resolve({"strategy": Family(), "precision": "bf16-mixed"})
+
+
+def test_a_name_that_nothing_has_does_not_exist_for_a_family(family):
+    with pytest.raises(ValueError, match="'bf17' does not exist for sharded strategies, which take '32-true'"):
+        resolve({"strategy": Family(), "precision": "bf17"})
+
+
+class Named(Precision):
+    precision = "named"
+
+    @classmethod
+    def Upper(cls):
+        return cls()
+
+
+@pytest.mark.parametrize("strategy", ["auto", Family()])
+def test_an_import_string_keeps_its_case_and_means_the_same_for_every_family(strategy):
+    spelling = f"{__name__}:Named.Upper"
+    choice = resolve({"accelerator": "cpu", "strategy": strategy, "precision": spelling}).precision
+    assert choice.value.precision == "named"
+
+
+def test_an_object_is_passed_among_the_plugins():
+    with pytest.raises(TypeError, match=r"an object, a Particular: pass it as plugins=\[\.\.\.\]"):
+        name(Particular())
 
 
 class Particular(Precision):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_bnb import backend
 from fabric_bnb.linear import PLAIN, QuantizedLinear
@@ -81,11 +82,15 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
 def place_foreign(module: nn.Module, device: torch.device) -> None:
     """Quantise bitsandbytes' own layers, which do that when they are moved, even to where they are."""
     layers = backend.load().nn
-    own = __name__.partition(".")[0]
     for part in module.modules():
-        foreign = not type(part).__module__.startswith(f"{own}.")
-        if foreign and isinstance(part, (layers.Linear4bit, layers.Linear8bitLt)):
+        if not is_own(part) and isinstance(part, (layers.Linear4bit, layers.Linear8bitLt)):
             part.to(device)
+
+
+def is_own(part: nn.Module) -> bool:
+    """Whether it is a layer of this package. Those take inputs of any dtype, and give outputs in the same."""
+    own = __name__.partition(".")[0]
+    return isinstance(part, QuantizedLinear) or type(part).__module__.startswith(f"{own}.")
 
 
 def check_not_borrowed(module: nn.Module) -> None:
@@ -116,17 +121,24 @@ def keep_shared(module: nn.Module) -> None:
 def feed_own_dtype(module: nn.Module, compute_dtype: torch.dtype) -> None:
     """Have the parts that are not quantised get floating-point inputs in the dtype of their own parameters.
 
-    Installed only on those whose dtype is not ``compute_dtype``; a second call adds nothing.
+    Nothing is installed where all parameters and buffers have ``compute_dtype``, that of the module's inputs. Otherwise
+    a part of any other dtype may be what the input of the next one comes from. A second call adds nothing.
     """
-    for part in module.modules():
-        own = next((p.dtype for p in part._parameters.values() if p is not None and p.is_floating_point()), None)
-        if own is None or own is compute_dtype or isinstance(part, QuantizedLinear):
-            continue
-        if cast_inputs not in part._forward_pre_hooks.values():
+    others = [part for part in module.modules() if not is_own(part)]
+    if all(tensor.dtype is compute_dtype for part in others for tensor in _floats(part._parameters, part._buffers)):
+        return
+    for part in others:
+        if next(_floats(part._parameters), None) is not None and cast_inputs not in part._forward_pre_hooks.values():
             part.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+
+
+def _floats(*tables: Mapping[str, Tensor | None]) -> Iterator[Tensor]:
+    for tensor in chain.from_iterable(table.values() for table in tables):
+        if tensor is not None and tensor.is_floating_point():
+            yield tensor
 
 
 def cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """A forward pre-hook: floating-point inputs in the dtype of the module's first floating-point parameter."""
-    own = next(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
+    own = next(_floats(module._parameters)).dtype
     return cast_floats(args, own), cast_floats(kwargs, own)

@@ -25,6 +25,18 @@ PLAIN: Final = nn.Linear
 """torch's own class, whatever ``torch.nn.Linear`` stands for at the moment."""
 
 
+class QuantizedWeight:
+    """A quantised weight that torch knows to be no ordinary tensor.
+
+    Inference code of torch that takes the weights of layers past their forward, as that of its transformer layers,
+    then keeps off.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+
+
 class QuantizedLinear(nn.Linear):
     """``(..., in_features)`` to ``(..., out_features)`` with a frozen weight of few bits.
 

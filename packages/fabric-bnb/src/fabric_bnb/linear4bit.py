@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_bnb import backend
-from fabric_bnb.linear import QuantizedLinear
+from fabric_bnb.linear import QuantizedLinear, QuantizedWeight
 from fabric_bnb.modes import mode_of
 
 bnb: Any = backend.load()
@@ -16,16 +16,8 @@ QuantState = Any
 """``bitsandbytes.functional.QuantState``; the package's types do not tell enough to be of use."""
 
 
-class Weight4bit(bnb.nn.Params4bit):  # type: ignore[misc]
-    """A quantised weight that torch knows to be no ordinary tensor.
-
-    Inference code of torch that takes the weights of layers past their forward, as that of its transformer layers,
-    then keeps off.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return super().__torch_function__(func, types, args, kwargs or {})
+class Weight4bit(QuantizedWeight, bnb.nn.Params4bit):  # type: ignore[misc]
+    """A weight of 4 bits."""
 
 
 class QuantizedLinear4bit(QuantizedLinear, bnb.nn.Linear4bit):  # type: ignore[misc]

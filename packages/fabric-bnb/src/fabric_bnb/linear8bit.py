@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_bnb import backend
-from fabric_bnb.linear import PLAIN, QuantizedLinear, take_over
+from fabric_bnb.linear import PLAIN, QuantizedLinear, QuantizedWeight, take_over
 from fabric_bnb.loading import quantized_problem
 
 bnb: Any = backend.load()
@@ -16,16 +16,8 @@ OUTLIER: Final = 6.0
 """Columns of the input with a value beyond this are multiplied in 16 bits. From the LLM.int8() paper, section 3.2."""
 
 
-class Weight8bit(bnb.nn.Int8Params):  # type: ignore[misc]
-    """A quantised weight that torch knows to be no ordinary tensor.
-
-    Inference code of torch that takes the weights of layers past their forward, as that of its transformer layers,
-    then keeps off.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return super().__torch_function__(func, types, args, kwargs or {})
+class Weight8bit(QuantizedWeight, bnb.nn.Int8Params):  # type: ignore[misc]
+    """A weight of 8 bits."""
 
 
 class QuantizedLinear8bit(QuantizedLinear, bnb.nn.Linear8bitLt):  # type: ignore[misc]

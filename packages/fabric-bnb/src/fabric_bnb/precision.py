@@ -44,7 +44,7 @@ class BitsandbytesPrecision(Precision):
 
     Raises:
         ValueError: another mode, or a dtype that the mode cannot compute in.
-        TypeError: ``ignore_modules`` is a text, not a collection of them.
+        TypeError: ``ignore_modules`` is no collection of names.
         ImportError: bitsandbytes is missing, or cannot be used.
     """
 
@@ -65,6 +65,9 @@ class BitsandbytesPrecision(Precision):
         self._device = device
         self._replaced: list[weakref.ref[torch.Tensor]] = []
         backend.load(device or "cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_replaced": []}  # weak references to what is in this process
 
     @classmethod
     def nf4(cls, device: str | None = None) -> BitsandbytesPrecision:
@@ -112,12 +115,14 @@ class BitsandbytesPrecision(Precision):
         """Put quantised layers in the place of linear ones, unquantised yet; the module itself unless it is linear.
 
         A module that holds quantised layers already, as one built under ``init_module``, keeps the linear layers that
-        it has beside them, such as adapters.
+        it has beside them, such as adapters. Those that are quantised in another mode stay so, with a warning.
 
         Raises:
             TypeError: there is no linear layer to quantise.
         """
-        if not conversion.has_quantized(module):
+        if conversion.has_quantized(module):
+            self._warn_of_other_modes(module)
+        else:
             self._warn_of_unused_names(module)
             found = conversion.replaceable(module, self.ignore_modules)
             if not found:
@@ -216,6 +221,16 @@ class BitsandbytesPrecision(Precision):
             "subclass with code of its own, or shares its weight with another layer. Use another precision for it."
         )
 
+    def _warn_of_other_modes(self, module: nn.Module) -> None:
+        modes = {name: getattr(part, "mode", None) for name, part in module.named_modules() if conversion.is_own(part)}
+        others = [f"{name or 'the module itself'} ({mode})" for name, mode in modes.items() if mode != self.mode.name]
+        if others:
+            possible_user_warning(
+                f"{len(others)} layers were quantised in another mode and stay in it, whatever precision="
+                f"{self.precision!r} says: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}. For this "
+                "precision, build the module anew and load its weights in floating point."
+            )
+
     def _warn_of_unused_names(self, module: nn.Module) -> None:
         names = [name for name, _ in module.named_modules()]
         unused = [i for i in sorted(self.ignore_modules) if not any(conversion.is_ignored(n, (i,)) for n in names)]
@@ -232,11 +247,12 @@ def _made(cls: Any, settings: dict[str, Any], /, *args: Any, **kwargs: Any) -> n
 
 
 def _names(ignore_modules: Iterable[str] | None) -> frozenset[str]:
-    if isinstance(ignore_modules, str):
+    if isinstance(ignore_modules, str) or not isinstance(ignore_modules, Iterable | None):
+        example = ignore_modules if isinstance(ignore_modules, str) else "head"
         raise InvalidTypeError(
-            f"ignore_modules={ignore_modules!r}: expected a collection of names, such as {{{ignore_modules!r}}}."
+            f"ignore_modules={ignore_modules!r}: expected a collection of names, such as {{{example!r}}}."
         )
-    names = frozenset(ignore_modules or ())
+    names = frozenset(() if ignore_modules is None else ignore_modules)
     if not all(isinstance(name, str) and name for name in names):
         raise InvalidTypeError(f"ignore_modules={ignore_modules!r}: expected names of modules.")
     return names

@@ -18,7 +18,8 @@ class _StandIn(type):
     """The type of what stands at the name ``Linear``: calling it makes another layer, all else is ``nn.Linear``'s.
 
     So ``isinstance(layer, nn.Linear)`` and ``nn.Linear.__init__(self, ...)`` in code that runs meanwhile mean what they
-    always mean. A subclass that such code defines is a subclass of ``nn.Linear`` and makes itself.
+    always mean; ``type(layer) is nn.Linear`` does not. A subclass that such code defines is a subclass of ``nn.Linear``
+    and makes itself.
     """
 
     make: Callable[..., nn.Module] | None
@@ -36,12 +37,21 @@ class _StandIn(type):
         return issubclass(subclass, PLAIN) if "make" in vars(cls) else super().__subclasscheck__(subclass)
 
 
+def _new(cls: type, *_: Any, **__: Any) -> Any:
+    """``__new__`` of a stand-in, by which layers are unpickled: they are torch's own."""
+    return object.__new__(PLAIN if "make" in vars(cls) else cls)
+
+
 class LinearReplaced:
     """Inside the ``with`` block, ``torch.nn.Linear(...)`` returns what ``make`` returns for the same arguments.
 
     It holds for every module that has the class under its own name, ``from torch.nn import Linear`` included, and for
-    those imported inside the block. What was there comes back at the end, whatever is raised inside. Blocks may be
-    nested; the innermost counts.
+    those imported inside the block; under a name of its own (``import Linear as Dense``) it stays what it is. What was
+    there comes back at the end, whatever is raised inside. Blocks may be nested; the innermost counts.
+
+    Inside, modules with plain linear layers can be copied and unpickled, but not pickled: ``pickle`` and ``torch.save``
+    look the class up by its name, and find another one there. What is asked for by ``nn.Linear`` as a key, or compared
+    with ``is``, is not torch's class either. Pickle, and look up, outside of the block.
 
     Args:
         make: takes what ``torch.nn.Linear`` takes.
@@ -52,7 +62,8 @@ class LinearReplaced:
         self._entered: list[tuple[Any, list[tuple[ModuleType, Any]]]] = []
 
     def __enter__(self) -> None:
-        stand_in = _StandIn(_NAME, (PLAIN,), {"make": staticmethod(self._make), "__module__": PLAIN.__module__})
+        names = {"make": staticmethod(self._make), "__new__": _new, "__module__": PLAIN.__module__}
+        stand_in = _StandIn(_NAME, (PLAIN,), names)
         replaced = [(module, found) for module in _modules() if is_linear(found := vars(module).get(_NAME))]
         self._entered.append((stand_in, replaced))
         for module, _ in replaced:

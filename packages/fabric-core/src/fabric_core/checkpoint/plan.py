@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fabric_core.checkpoint.dtensors import empty_like, local_of
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor, span
-from fabric_core.checkpoint.portable import clean_keys
+from fabric_core.checkpoint.portable import clean_keys, clean_name, inside_wrapper
 from fabric_core.checkpoint.sharded.boxes import is_dtensor
 from fabric_core.checkpoint.tree import leaves, replaced
 from fabric_core.errors import CheckpointError, CheckpointKeyError
@@ -82,8 +82,9 @@ def plan_module(
     if not isinstance(saved, MutableMapping):
         raise CheckpointError(f"{name} is a {type(saved).__name__} in the checkpoint, not the state of a module.")
     elsewhere = _memory_loaded_by_custom_code(module)
-    if not elsewhere:  # custom code may rename and reshape: then only loading itself can tell what fits
-        _check_fit(module, saved, live, strict, name)
+    # Custom code may rename and reshape: of what is below it, only loading itself can tell what fits.
+    below = tuple(_prefixes_of_custom_code(module))
+    _check_fit(module, _without(saved, below), _without(live, below), strict, name)
     plan = Plan(saved, implicit=bool(elsewhere) and any(map(is_dtensor, live.values())))
     for key, target in live.items():
         window = saved.get(key)
@@ -132,6 +133,14 @@ def _memory_loaded_by_custom_code(module: nn.Module) -> set[int]:
             addresses.add(0)  # even a module without tensors may rename keys
             addresses.update(map(_address, chain(child.parameters(), child.buffers(), _further_state(child))))
     return addresses
+
+
+def _prefixes_of_custom_code(module: nn.Module) -> Iterator[str]:
+    """What the keys of the modules begin with that load themselves; of the whole module, everything."""
+    for name, child in inside_wrapper(module).named_modules(remove_duplicate=False):
+        if _loads_itself(child):
+            cleaned = clean_name(name)
+            yield f"{cleaned}." if cleaned else ""
 
 
 def _further_state(module: nn.Module) -> list[Tensor]:
@@ -193,6 +202,10 @@ def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, A
     if shapes or hollow:
         raise CheckpointError(message + ".")
     raise CheckpointKeyError(message + ". Pass strict=False to load what both have.")
+
+
+def _without(state: Mapping[str, Any], prefixes: tuple[str, ...]) -> Mapping[str, Any]:
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)} if prefixes else state
 
 
 def _has_shape(live: Any) -> bool:

@@ -117,12 +117,13 @@ def portable_optimizer_state(optimizer: Optimizer, modules: Mapping[str, nn.Modu
 def _names_in(module: nn.Module) -> dict[Tensor, list[str]]:
     """Every parameter with all its names; tied ones have several."""
     names: dict[Tensor, list[str]] = {}
-    for name, parameter in _inner(module).named_parameters(remove_duplicate=False):
+    for name, parameter in inside_wrapper(module).named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(clean_name(name))
     return names
 
 
-def _inner(module: nn.Module) -> nn.Module:
+def inside_wrapper(module: nn.Module) -> nn.Module:
+    """The module without the wrapper of data parallelism, whose prefix is in no state."""
     while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         module = module.module
     return module

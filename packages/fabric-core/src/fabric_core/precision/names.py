@@ -12,6 +12,12 @@ AMBIGUOUS: Final = frozenset({"16", "bf16"})
 
 
 def full_name(precision: object) -> str:
-    """The registered name that a user's spelling stands for; unknown words come back lower-case as they are."""
-    text = str(precision).strip().lower()
+    """The registered name that a user's spelling stands for; unknown words come back lower-case as they are.
+
+    Where a module or a distribution is named, as in ``"package.module:Class"``, nothing is changed.
+    """
+    text = str(precision).strip()
+    if ":" in text:
+        return text
+    text = text.lower()
     return SHORT.get(text, text)

@@ -8,7 +8,7 @@ from fabric_core.abc.accelerator import Accelerator
 from fabric_core.abc.choosing import ResolveContext
 from fabric_core.abc.precision import Precision
 from fabric_core.abc.strategy import Strategy
-from fabric_core.errors import InvalidArgumentError, InvalidTypeError, UnknownPluginError
+from fabric_core.errors import InvalidArgumentError, InvalidTypeError, PluginError, UnknownPluginError
 from fabric_core.precision.names import AMBIGUOUS, SHORT, full_name
 from fabric_core.rank_zero import rank_zero_warn
 from fabric_core.registry import Registry
@@ -64,6 +64,11 @@ def _name(request: Request, registry: Registry, ctx: ResolveContext) -> tuple[st
             if suggestion is not None:
                 return full_name(suggestion), "auto", f"suggested for {ctx.accelerator}"
         return "32-true", "default", ""
+    if isinstance(asked.value, Precision):
+        raise InvalidTypeError(
+            f"precision= was given an object, a {type(asked.value).__name__}: pass it as plugins=[...]. "
+            f"precision= takes {_expected(registry)}."
+        )
     if isinstance(asked.value, bool) or not isinstance(asked.value, (str, int)):
         raise InvalidTypeError(
             f"precision={asked.value!r} ({type(asked.value).__name__}): expected {_expected(registry)}."
@@ -74,19 +79,30 @@ def _name(request: Request, registry: Registry, ctx: ResolveContext) -> tuple[st
             f"precision={asked.value!r} means {SHORT[text]!r}, which it does not show: weights stay in float32. "
             f"Write precision={SHORT[text]!r}, or {SHORT[text].replace('mixed', 'true')!r} for 16-bit weights."
         )
-    return full_name(text), asked.origin, ""
+    return full_name(asked.value), asked.origin, ""
 
 
 def _find(name: str, family: str | None, registry: Registry) -> Any:
-    if family is None:
+    if family is None or (":" in name and "::" not in name):  # an import string means one thing everywhere
         return registry.find("precision", name)
     try:
         return registry.find("precision", f"{family}.{name}")
     except UnknownPluginError:
         known = [n.split(".", 1)[1] for n in registry.names("precision") if n.startswith(f"{family}.")]
         raise InvalidArgumentError(
-            f"precision={name!r} does not exist for {family} strategies, which take {', '.join(map(repr, known))}."
+            f"precision={name!r} {_outside(name, registry)} {family} strategies, which take "
+            f"{', '.join(map(repr, known))}. Pass one of these, or another strategy."
         ) from None
+
+
+def _outside(name: str, registry: Registry) -> str:
+    """What to say of a name that the family lacks: whether there is such a precision, and whose it is."""
+    try:
+        ref = registry.find("precision", name)
+    except PluginError:
+        return "does not exist for"
+    owner = plugin_text(ref)
+    return f"({owner}) does not go with" if owner else "does not go with"
 
 
 def _expected(registry: Registry) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fabric_core.distributed.group import DEFAULT_TIMEOUT
 from fabric_core.errors import InvalidArgumentError, InvalidTypeError
 from fabric_core.strategies.parallel import ParallelStrategy
+from fabric_core.strategies.sharded.agreement import make_equal
 
 if TYPE_CHECKING:
     from fabric_core.abc.accelerator import Accelerator
@@ -29,7 +31,9 @@ class DDPGradientSync:
     """Gradient accumulation for DDP: no exchange while entered."""
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        """DDP's own ``no_sync`` if enabled."""
+        """DDP's own ``no_sync`` if enabled; nothing for a module without gradients to exchange."""
+        if not _has_gradients(module):
+            return nullcontext()
         if not isinstance(module, DistributedDataParallel):
             raise InvalidTypeError(
                 f"no_backward_sync() was given a {type(module).__name__} that is not wrapped in "
@@ -118,8 +122,16 @@ class DDPStrategy(ParallelStrategy):
         check = self.accelerator.check_fork_safe if self.accelerator is not None else None
         return SpawnLauncher(environment, self.num_processes, self.num_nodes, self.start_method, check)
 
-    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
-        """Wrap in ``DistributedDataParallel``; rank 0's parameters and buffers go to every rank."""
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Wrap in ``DistributedDataParallel``; rank 0's parameters and buffers go to every rank.
+
+        A module in which no parameter requires gradients has nothing to exchange. It gets rank 0's values too, and
+        comes back as it is. To train parts of it later, let them require gradients before ``setup``.
+        """
+        if not _has_gradients(module):
+            held = [tensor.data for tensor in chain(module.parameters(), module.buffers()) if not tensor.is_meta]
+            make_equal(held, self.root_device)
+            return module
         device = self.root_device
         device_ids = None if device.type == "cpu" else [device.index]
         return DistributedDataParallel(module, device_ids=device_ids, **self.ddp_kwargs)
@@ -131,6 +143,10 @@ class DDPStrategy(ParallelStrategy):
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load into the module inside the DDP wrapper."""
         super().load_module_state_dict(_inner(module), state_dict, strict)
+
+
+def _has_gradients(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _inner(module: nn.Module) -> nn.Module:
