@@ -208,7 +208,8 @@ def test_bitsandbytes_own_layers_read_what_ours_write(mode):
         theirs.weight = Params4bit.from_prequantized(saved["weight"], scales, device="cpu", module=theirs)
         theirs.bias.data = saved["bias"]
     x = torch.randn(4, 64, dtype=torch.float16 if mode == "int8" else torch.float32)
-    torch.testing.assert_close(theirs.train()(x), network(mode)[0].train()(x), rtol=1e-5, atol=1e-5)
+    close = 2e-3 if mode == "int8" else 1e-5  # theirs adds up in float16
+    torch.testing.assert_close(theirs.train()(x), network(mode)[0].train()(x), rtol=close, atol=close)
 
 
 def fabric_of(mode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from checkpoint_models import (
     whole,
 )
 from deepspeed_network import half_on_cpu
+from packaging.version import Version
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,16 @@ def loaded_as(folder: str, kind: str) -> dict[str, Any]:
     return loaded_run(folder, KINDS[kind][1]["zero_optimization"]["stage"], KINDS[kind][0], **configured(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+OLD = Version(version("deepspeed")) < Version("0.19.5")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: Any) -> str:
+    if OLD and KINDS[request.param][1]["zero_optimization"]["stage"] == 1:
+        pytest.skip("older releases know nothing of it")
+    return str(request.param)
+
+
 def test_other_ways_of_keeping_the_optimizer(kind: str, tmp_path: Any, workers: Any) -> None:
     folder = str(tmp_path / "ck")
     before = run(workers(2), saved_as, folder, kind)[0]
@@ -76,7 +87,6 @@ def test_other_ways_of_keeping_the_optimizer(kind: str, tmp_path: Any, workers: 
         assert apart(before["after"], after["after"]) < 1e-2  # one step of bfloat16, where sums are in another order
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_and_into_them(kind: str, saved: Any, workers: Any) -> None:
     for stage in (2, 3):
         folder, before = saved(stage, KINDS[kind][0])
@@ -101,6 +111,7 @@ def in_16_bits_without_stages(folder: str) -> dict[str, Any]:
     return {"stays": stays(first, again), "text": text, "same": same, "other": other}
 
 
+@pytest.mark.skipif(OLD, reason="steps of older releases depend on more than what they save")
 def test_stage_0_in_16_bits_reads_its_own(tmp_path: Any, workers: Any) -> None:
     run(workers(2), saved_run, str(tmp_path / "ck2"), 2)
     found = run(workers(2), in_16_bits_without_stages, str(tmp_path / "ck"))[0]

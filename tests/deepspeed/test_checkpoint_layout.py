@@ -16,6 +16,8 @@ from checkpoint_models import Net, launched, message, run, saved_run, set_up
 from fabric_core import Fabric
 from fabric_core.errors import CheckpointError, UnsafeCheckpointError, UnsupportedError
 
+# Older releases of DeepSpeed, which some tests import here, use what torch has since deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 MODEL = "checkpoint/mp_rank_00_model_states.pt"
 SECOND = "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt"
 

@@ -112,8 +112,7 @@ def test_the_command_line_knows_the_folder(stage: int, saved: Any, tmp_path: Pat
 
 
 def test_it_is_converted(saved: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
+    load_file = pytest.importorskip("safetensors.torch").load_file
     folder, there = saved(3)
     assert command("checkpoint", "convert", folder, tmp_path / "x.safetensors").exit_code == 0
     once = {name: value for name, value in there["weights"].items() if name != "two.weight"}  # the format has no ties

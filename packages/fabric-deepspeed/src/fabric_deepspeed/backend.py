@@ -124,7 +124,7 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
 @contextmanager
 def _without_inference_collectives() -> Iterator[None]:
     """On CPUs, DeepSpeed would compile a shared-memory all-reduce, for half a minute, that only its inference uses."""
-    backend = importlib.import_module("deepspeed.comm.torch")
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     build = backend.build_shm_op
     backend.build_shm_op = lambda: None
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_core.wrappers.unwrap import unwrap
 from fabric_deepspeed.backend import silenced
 
 Engine: TypeAlias = Any
@@ -22,9 +23,12 @@ _known: Final[weakref.WeakKeyDictionary[Any, weakref.ref[Engine]]] = weakref.Wea
 
 
 def engine_of(obj: Any) -> Engine | None:
-    """The live engine for an engine, for the module inside one, or for an optimizer that one owns; else ``None``."""
+    """The live engine for an engine, for the module inside one, or for an optimizer that one owns; else ``None``.
+
+    What ``fabric.setup`` returned counts as what is inside.
+    """
     try:
-        found = _known.get(obj)
+        found = _known.get(obj) or _known.get(unwrap(obj))
     except TypeError:  # not hashable, or without weak references: nothing of an engine
         return None
     return None if found is None else found()

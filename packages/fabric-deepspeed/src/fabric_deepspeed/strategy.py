@@ -27,7 +27,7 @@ from fabric_deepspeed.backend import (
     start_communication,
     visibility_variables,
 )
-from fabric_deepspeed.checkpoint.mixin import DeepSpeedCheckpoints
+from fabric_deepspeed.checkpoint.covers import DeepSpeedCovers
 from fabric_deepspeed.clipping import clip_next_step, clips_in_its_step
 from fabric_deepspeed.config.document import advise_on_offload, assemble, config_keywords, finalize, zero_stage
 from fabric_deepspeed.config.typed import remember_typed
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fabric_core.abc.environment import ClusterEnvironment
 
 
-class DeepSpeedStrategy(DeepSpeedCheckpoints, ParallelStrategy):
+class DeepSpeedStrategy(DeepSpeedCovers, ParallelStrategy):
     """DeepSpeed's ZeRO: optimizer states (stage 1), gradients too (2), parameters too (3) split over processes.
 
     A model and its one optimizer are set up together, and then belong to a DeepSpeed engine, which runs backward and

@@ -194,6 +194,39 @@ class Strategy(Communicator):
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Limit each gradient element."""
 
+    def module_state(self, module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What ``model.state_dict()`` gives after set-up; override it where the module's own would be wrong.
+
+        Any rank may call it, alone.
+
+        Args:
+            module: the user's module.
+            *args: of its own ``state_dict``.
+            **kwargs: of its own ``state_dict``.
+        """
+        state: dict[str, Any] = module.state_dict(*args, **kwargs)
+        return state
+
+    def load_module_state(
+        self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """What ``model.load_state_dict()`` does after set-up; override it where weights are held in other places too.
+
+        Args:
+            module: the user's module.
+            state_dict: as ``module.load_state_dict`` takes it.
+            strict: the keys must agree.
+            assign: as ``module.load_state_dict`` takes it.
+
+        Returns:
+            The missing and the unexpected keys.
+        """
+        return module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """What ``optimizer.load_state_dict()`` does after set-up: takes what ``get_optimizer_state`` gave."""
+        optimizer.load_state_dict(state_dict)
+
     @abstractmethod
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state: this rank's parts of sharded tensors; may be empty off rank 0 for one that gathers."""

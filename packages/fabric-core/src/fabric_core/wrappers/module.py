@@ -121,12 +121,12 @@ class FabricModule(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The original module's state dict."""
-        state: dict[str, Any] = self._original_module.state_dict(*args, **kwargs)
+        state: dict[str, Any] = self._strategy.module_state(self._original_module, *args, **kwargs)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load into the original module."""
-        return self._original_module.load_state_dict(state_dict, strict=strict, assign=assign)
+        return self._strategy.load_module_state(self._original_module, state_dict, strict=strict, assign=assign)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The original module's parameters, under its own names."""

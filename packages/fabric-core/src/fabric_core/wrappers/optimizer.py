@@ -66,8 +66,8 @@ class FabricOptimizer:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the optimizer inside."""
-        self.optimizer.load_state_dict(state_dict)
+        """Load into the optimizer inside, through the strategy."""
+        self._strategy.load_optimizer_state(self.optimizer, state_dict)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not set yet, as while unpickling

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +81,30 @@ def shape_of(value: Any) -> torch.Size:
     return torch.Size(value.ds_shape if is_split(value) else value.shape)
 
 
-def gathered(parameters: Sequence[Tensor], writer: int | None = None) -> AbstractContextManager[None]:
+@contextmanager
+def gathered(parameters: Sequence[Tensor], writer: int | None = None) -> Iterator[None]:
     """While entered, parameters in parts are whole. Every rank enters; what rank ``writer`` writes is kept by all."""
     from deepspeed import zero
 
-    context: AbstractContextManager[None] = zero.GatheredParameters(
-        [parameter for parameter in parameters if is_split(parameter)], modifier_rank=writer
-    )
-    return context
+    with ExitStack() as stack:
+        # One by one: of several at once, releases before 0.19.8 wait for the last alone, and gloo has no order.
+        for parameter in {id(parameter): parameter for parameter in parameters if is_split(parameter)}.values():
+            stack.enter_context(zero.GatheredParameters([parameter], modifier_rank=writer))
+        yield
+
+
+@contextmanager
+def changing(engine: Engine) -> Iterator[None]:
+    """Enter it to change parameters in parts: before, none is whole; after, those are that DeepSpeed keeps so."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "checkpoint_event_prologue"):
+        yield
+        return
+    optimizer.checkpoint_event_prologue()
+    yield
+    for parameter in getattr(optimizer, "persistent_parameters", ()):
+        parameter.all_gather([parameter])  # one by one, as above
+    optimizer.checkpoint_event_epilogue()
 
 
 def flat_optimizer(engine: Engine) -> FlatOptimizer | None:

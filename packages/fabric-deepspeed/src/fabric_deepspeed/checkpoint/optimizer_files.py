@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fabric_core.checkpoint.conversion.streams import StreamedTensor
+from fabric_core.checkpoint.portable import clean_name
 from fabric_core.errors import CheckpointError, UnsupportedError
 from fabric_deepspeed.checkpoint.files import Scaler
 from fabric_deepspeed.checkpoint.partitions import Memory, cut_by_group, cut_each
@@ -77,7 +78,7 @@ class OptimizerFiles:
         groups: list[dict[str, Any]] = []
         state: dict[str, dict[str, Any]] = {}
         for group in self._bases[0]["param_groups"]:
-            names = [name for flat in group["params"] for name in self.places.flats[flat]]
+            names = [clean_name(name) for flat in group["params"] for name in self.places.flats[flat]]
             groups.append({**group, "params": names})
             for flat in group["params"]:
                 if not self._add(state, flat):
@@ -93,7 +94,7 @@ class OptimizerFiles:
             self.why_no_state = f"{', '.join(map(repr, unknown))} in it is not one number for each of the weights"
             return False
         for name in self.places.flats[flat] if saved[0] else ():
-            state[name] = {
+            state[clean_name(name)] = {
                 key: self.places.stream(name, value) if isinstance(value, list) else _copied(saved[0][key])
                 for key, value in memory.items()
             }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fabric_core.checkpoint.conversion.streams import StreamedTensor, streamed
 from fabric_core.checkpoint.lazy import is_plain_tensor
+from fabric_core.checkpoint.portable import clean_name
 from fabric_core.checkpoint.tree import replaced
 from fabric_core.errors import CheckpointError, UnsupportedError
 from fabric_deepspeed.checkpoint.files import Scaler, read_file
@@ -100,13 +101,13 @@ class SavedEngine:
         same: dict[object, StreamedTensor] = {}
         weights: dict[str, Any] = {}
         for name, value in self._module.items():
-            source = tied.get(name, name)
+            source, clean = tied.get(name, name), clean_name(name)
             if source in masters:
-                weights[name] = masters[source]
+                weights[clean] = masters[source]
             elif source in frozen:
-                weights[name] = frozen[source]
+                weights[clean] = frozen[source]
             else:
-                weights[name] = _streamed_once(value, same, whole=name in buffers)
+                weights[clean] = _streamed_once(value, same, whole=name in buffers)
         return weights
 
     @cached_property
@@ -149,7 +150,7 @@ class SavedEngine:
     def _optimizer(self) -> OptimizerFiles | None:
         """The files of all ranks; ``None`` at a stage without partitions."""
         shapes = self._first.get("param_shapes")
-        if shapes is None:
+        if shapes is None or (not self._optimizer_files and self._has_no_partitions):
             return None
         missing = [rank for rank in range(self.world_size) if rank not in self._optimizer_files]
         if missing:
@@ -159,6 +160,12 @@ class SavedEngine:
             )
         contents = [self._read(self._optimizer_files[rank]) for rank in range(self.world_size)]
         return OptimizerFiles(contents, shapes, self.path)
+
+    @property
+    def _has_no_partitions(self) -> bool:
+        """Whether the optimizer was one without partitions: releases before 0.19 list shapes even so."""
+        stage = (self._first.get("ds_config") or {}).get("zero_optimization", {}).get("stage", 0)
+        return self._first.get("optimizer") is not None or int(stage) == 0
 
     @cached_property
     def _frozen(self) -> dict[str, StreamedTensor]:

@@ -47,6 +47,8 @@ class EngineFiles:
             )
         self.contents = {os.path.relpath(path, _PLACE): content for path, content in notes.contents.items()}
         self._programs = notes.programs
+        for content in self.models:
+            _add_optimizer(engine, content)
 
     @property
     def models(self) -> list[dict[str, Any]]:
@@ -100,9 +102,10 @@ def refuse_other_writers(engine: Engine) -> None:
         )
     if engine.zero_nvme_offload_optimizer():
         raise UnsupportedError(
-            "The optimizer is offloaded to NVMe, and DeepSpeed copies its files into the checkpoint's place by itself: "
-            "fabric.strategy.model.save_checkpoint(folder) does that, all or nothing it is not. The weights can be "
-            'saved here: fabric.save(path, {"model": model}, filter={"model": lambda key, value: True}).'
+            "The optimizer is offloaded to NVMe, and DeepSpeed copies its files into the checkpoint's place by itself, "
+            "so that a save that fails would leave half of it. fabric.strategy.model.save_checkpoint(folder) does it "
+            "nevertheless. The weights alone can be saved here: "
+            'fabric.save(path, {"model": model}, filter={"model": lambda key, value: True}).'
         )
 
 
@@ -171,6 +174,13 @@ def _system_error_behind(error: BaseException) -> OSError | None:
     while behind is not None and not isinstance(behind, OSError):
         behind = behind.__cause__ or behind.__context__
     return behind
+
+
+def _add_optimizer(engine: Engine, content: dict[str, Any]) -> None:
+    """The state of an optimizer without partitions, which releases before 0.19 leave out in bfloat16."""
+    optimizer = engine.optimizer
+    if content.get("optimizer") is None and optimizer is not None and not hasattr(optimizer, "dp_process_group"):
+        content["optimizer"] = optimizer.state_dict()
 
 
 def _without(source: Mapping[str, Any], names: set[str]) -> Any:

@@ -13,6 +13,7 @@ from fabric_core.errors import CheckpointError, CheckpointKeyError
 from fabric_deepspeed.checkpoint.live import (
     FlatOptimizer,
     Fragment,
+    changing,
     flat_optimizer,
     gathered,
     is_split,
@@ -105,19 +106,16 @@ def load_weights(engine: Engine, saved: Mapping[str, Any], read: Read) -> None:
     """
     optimizer = flat_optimizer(engine)
     names = names_of(engine)
-    if hasattr(engine.optimizer, "checkpoint_event_prologue"):
-        engine.optimizer.checkpoint_event_prologue()
-    for path, layer in engine.module.named_modules():
-        prefix = f"{path}." if path else ""
-        own = {key: read(saved[clean]) for key, clean in _own_keys(layer, prefix) if clean in saved}
-        if own:
-            _load_layer(layer, prefix, own, getattr(saved, "_metadata", {}).get(clean_name(path), {}))
-            if optimizer is not None:
-                _load_masters(layer, prefix, own, optimizer, names)
+    with changing(engine):
+        for path, layer in engine.module.named_modules():
+            prefix = f"{path}." if path else ""
+            own = {key: read(saved[clean]) for key, clean in _own_keys(layer, prefix) if clean in saved}
+            if own:
+                _load_layer(layer, prefix, own, getattr(saved, "_metadata", {}).get(clean_name(path), {}))
+                if optimizer is not None:
+                    _load_masters(layer, prefix, own, optimizer, names)
     if optimizer is None and hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
-    if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
-        engine.optimizer.checkpoint_event_epilogue()
 
 
 def _own_keys(layer: nn.Module, prefix: str) -> list[tuple[str, str]]:
