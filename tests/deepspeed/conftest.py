@@ -29,9 +29,3 @@ def build(builder):
 def cpu_optimizer():
     """DeepSpeed's Adam for CPUs is built."""
     build("CPUAdamBuilder")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def collectives():
-    """DeepSpeed's collectives in shared memory are built."""
-    build("ShareMemCommBuilder")

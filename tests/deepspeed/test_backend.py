@@ -113,6 +113,10 @@ def test_a_device_that_contradicts_the_environment_is_an_error():
     assert "'cpu'" in text
 
 
+def test_an_empty_variable_stays_empty():
+    assert script(CAUGHT + "import os; print(repr(os.environ['DS_ACCELERATOR']))", DS_ACCELERATOR="") == "''\n"
+
+
 def test_the_environment_may_say_the_same():
     assert script(CAUGHT + "import os; print(os.environ['DS_ACCELERATOR'])", DS_ACCELERATOR="cpu") == "cpu\n"
 

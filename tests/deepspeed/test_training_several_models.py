@@ -106,7 +106,7 @@ def teacher(fabric):
     return model, student
 
 
-SCENES = [side_by_side, adversaries, clipped, accumulated_in_turns, teacher]
+SCENES = [side_by_side, adversaries, one_loss, clipped, accumulated_in_turns, teacher]
 
 
 def under_ddp_and(stage, scene):

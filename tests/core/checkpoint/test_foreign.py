@@ -175,3 +175,27 @@ def test_every_rank_reads_its_part(strategy: str, tmp_path: Path, workers: Any) 
     write_notes(tmp_path / "noted", {"other": there.state_dict()}, step=4)
     expected = [number for value in there.state_dict().values() for number in value.flatten().tolist()]
     assert workers(2).run(loaded_by_all, str(tmp_path / "noted"), strategy) == [expected, expected]
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_one_file_of_it_leads_to_the_folder(folder: Path, below: str) -> None:
+    (folder / below).mkdir(exist_ok=True)
+    file = folder / below / "part.pt"
+    file.write_bytes(b"not for torch")
+    with pytest.raises(CheckpointError, match="notes checkpoint in the folder") as caught:
+        Fabric(accelerator="cpu", devices=1).load(file, {"model": Tied()})
+    assert repr(str(folder)) in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_file_beside_it_fails_for_its_own_reason(folder: Path) -> None:
+    file = folder.parent / "part.pt"
+    file.write_bytes(b"not for torch")
+    with pytest.raises(CheckpointError) as caught:
+        Fabric(accelerator="cpu", devices=1).load(file, {"model": Tied()})
+    assert str(folder) not in str(caught.value)
+
+
+def test_a_file_that_can_be_read_inside_it_is_read(folder: Path) -> None:
+    torch.save({"step": 7}, folder / "mine.pt")
+    assert Fabric(accelerator="cpu", devices=1).load(folder / "mine.pt") == {"step": 7}

@@ -255,3 +255,8 @@ def test_a_strategy_clears_what_the_optimizer_clears_if_it_says_nothing_else():
     module(torch.ones(1, 2)).sum().backward()
     SingleDeviceStrategy("cpu").zero_grad(SGD(module.parameters(), lr=0.1), set_to_none=False)
     assert module.weight.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_every_attribute_of_the_cover_is_its_own():
+    cover = FabricOptimizer(torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1), SingleDeviceStrategy("cpu"))
+    assert set(vars(cover)) <= FabricOptimizer._OWN

@@ -23,6 +23,9 @@ from fabric_deepspeed.settings import ACCELERATOR
 OLDEST: Final = "0.18.0"
 """The oldest release that this package works with, as its metadata says too."""
 
+NEWEST: Final = "0.19.8"
+"""The newest release that it was tested with."""
+
 LOGGER: Final = "DeepSpeed"
 """The name of DeepSpeed's own logger. It writes to stdout."""
 
@@ -67,6 +70,14 @@ def check_release() -> None:
         )
 
 
+def kept_elsewhere(what: str) -> IncompatiblePluginError:
+    """The error where an attribute of DeepSpeed's own, which it may move in any release, is not there."""
+    return IncompatiblePluginError(
+        f"DeepSpeed {sys.modules['deepspeed'].__version__} keeps {what} elsewhere than the releases that "
+        f"fabric-deepspeed was tested with, {OLDEST} to {NEWEST}: pip install 'deepspeed>={OLDEST},<={NEWEST}'"
+    )
+
+
 def _installed() -> bool:
     try:
         return find_spec("deepspeed") is not None
@@ -75,7 +86,8 @@ def _installed() -> bool:
 
 
 def _import(device_type: str | None) -> ModuleType:
-    given = ACCELERATOR.text() or None
+    before = ACCELERATOR.text()
+    given = before or None
     if given is not None and device_type is not None and given != device_type:
         raise UsageError(
             f"The environment says {ACCELERATOR.name}={given}, but the devices chosen are of type {device_type!r}. "
@@ -92,8 +104,10 @@ def _import(device_type: str | None) -> ModuleType:
             f"{type(error).__name__}: {error}. Nothing else is affected; other strategies work."
         ) from error
     finally:
-        if given is None:
+        if before is None:
             ACCELERATOR.unset()
+        else:
+            ACCELERATOR.set(before)
 
 
 def start_communication(deepspeed: ModuleType, process_group_backend: str) -> None:
@@ -113,12 +127,24 @@ def start_communication(deepspeed: ModuleType, process_group_backend: str) -> No
             deepspeed.init_distributed(
                 dist_backend=process_group_backend, dist_init_required=False, auto_mpi_discovery=False, verbose=False
             )
+            _leave_deprecated_names(deepspeed)
     except Exception as error:
         raise PluginLoadError(
             "DeepSpeed could not build or load one of its native parts: "
             f"{type(error).__name__}: {error}. Building needs a C++ compiler (g++), ninja on PATH and py-cpuinfo: "
             "pip install ninja py-cpuinfo"
         ) from error
+
+
+def _leave_deprecated_names(deepspeed: ModuleType) -> None:
+    """Have DeepSpeed call torch's collectives by the names that they have now, instead of warning at every place."""
+    backend = deepspeed.comm.comm.cdb
+    for attribute, name in (
+        ("all_gather_function", "all_gather_single"),
+        ("reduce_scatter_function", "reduce_scatter_single"),
+    ):
+        if hasattr(backend, attribute) and hasattr(torch.distributed, name):
+            setattr(backend, attribute, getattr(torch.distributed, name))
 
 
 @contextmanager
@@ -180,6 +206,21 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(_is_serious)
+
+
+@contextmanager
+def without_notice_of_optimizer() -> Iterator[None]:
+    """DeepSpeed does not say that it does not know the optimizer: the strategy allows every one."""
+    logger = logging.getLogger(LOGGER)
+    logger.addFilter(_is_no_notice)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_notice)
+
+
+def _is_no_notice(record: Any) -> bool:
+    return "ZeRO with an untested optimizer" not in str(record.msg)
 
 
 def _is_serious(record: Any) -> bool:

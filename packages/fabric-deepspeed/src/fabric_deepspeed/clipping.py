@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fabric_core.errors import InvalidArgumentError, UnsupportedError, UsageError
+from fabric_deepspeed.backend import kept_elsewhere
 from fabric_deepspeed.engine import Engine
 from fabric_deepspeed.gradients import Gradients
 
@@ -77,6 +78,8 @@ def _norm(optimizer: Any) -> Tensor:
         scaled = _combined(optimizer._get_norm_groups())
     elif hasattr(optimizer, "get_grads_for_norm"):  # stage 1 that accumulates bfloat16 gradients in float32
         return _of_whole(optimizer.get_grads_for_norm()[0])
+    elif hasattr(optimizer, "dp_process_group"):  # partitions
+        raise kept_elsewhere("the norm of its gradients")
     else:  # stage 0 with parameters in 16 bits
         scaled = _of_whole([p.grad for group in optimizer.fp16_groups for p in group if p.grad is not None])
     norm = torch.as_tensor(scaled, dtype=torch.float32) / optimizer.loss_scale

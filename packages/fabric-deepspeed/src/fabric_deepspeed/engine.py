@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.wrappers.unwrap import unwrap
-from fabric_deepspeed.backend import silenced
+from fabric_deepspeed.backend import silenced, without_notice_of_optimizer
 
 Engine: TypeAlias = Any
 """A ``deepspeed.DeepSpeedEngine``, which has no types."""
@@ -45,23 +46,50 @@ def build_engine(
         optimizer: over parameters of the module; without one the engine is for inference.
         scheduler: to be stepped by the engine after each step; ``None`` for none.
         config: DeepSpeed's dictionary, final. It is copied.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is none of the module's.
     """
     document = copy.deepcopy(dict(config))
     if optimizer is None:
         document = _for_inference(document)
+    else:
+        _check_owner(module, optimizer)
     _straighten(module)
-    with silenced():
+    with silenced(), without_notice_of_optimizer():
         engine, made, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=document, dist_init_required=False
         )
     if optimizer is not None and hasattr(made, "fp32_groups"):
         optimizer.state.clear()  # stage 0 with 16 bits has stepped once, with gradients of zero
+    if optimizer is not None and made is not optimizer:
+        optimizer.add_param_group = _refuse_group  # type: ignore[method-assign]
     if engine.zero_optimization_stage() == 3:
         _leave_inference_mode(engine)
     for holder in (engine, module, optimizer, made):
         if holder is not None:
             _known[holder] = weakref.ref(engine)
     return engine
+
+
+def _check_owner(module: nn.Module, optimizer: Optimizer) -> None:
+    own = set(module.parameters())
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(parameter not in own for parameter in held)
+    if foreign:
+        raise InvalidArgumentError(
+            f"fabric.setup(model, optimizer): {foreign} of the optimizer's {len(held)} parameters are none of the "
+            f"model's, a {type(module).__name__}. DeepSpeed needs an optimizer over parameters of the model that it is "
+            "set up with: make it from model.parameters() of this very model, after the last change of its layers."
+        )
+
+
+def _refuse_group(param_group: Any) -> None:
+    raise UsageError(
+        "optimizer.add_param_group(...) after fabric.setup(...): DeepSpeed has laid out the weights that it steps, and "
+        "would not train another group. Give the optimizer all its groups before fabric.setup(model, optimizer); those "
+        'that are to begin later can have "lr": 0.0 until then.'
+    )
 
 
 def _straighten(module: nn.Module) -> None:
@@ -107,3 +135,5 @@ def destroy_engine(engine: Engine) -> None:
     engine.destroy()
     for holder in [holder for holder, found in _known.items() if found() in (engine, None)]:
         del _known[holder]
+        if isinstance(holder, Optimizer):
+            vars(holder).pop("add_param_group", None)

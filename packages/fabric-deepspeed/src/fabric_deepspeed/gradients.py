@@ -30,6 +30,7 @@ class Gradients:
         pending: the last backward pass only accumulated; the exchange between processes is still to come.
         ready: gradients are exchanged and wait for the step.
         touched: a backward pass through another engine may have reached these parameters.
+        waiting: the last step was none, because the engine accumulates over more backward passes.
         held_back: inside ``no_backward_sync``.
         undo_clipping: puts back what ``clip_gradients`` set for the next step.
     """
@@ -43,6 +44,7 @@ class Gradients:
         self.pending = False
         self.ready = False
         self.touched = False
+        self.waiting = False
         self.held_back = False
         self.undo_clipping: Callable[[], None] | None = None
 
@@ -75,6 +77,7 @@ class Gradients:
             loss = loss * engine.optimizer.loss_scale
         engine.backward(loss, retain_graph=retain_graph)
         _leave_backward(engine.optimizer)
+        self.waiting = False
         if self.managed:
             self.ready, self.pending = self.ready or last, not last
 
@@ -91,6 +94,7 @@ class Gradients:
             self.complete("optimizer.step()")
             if self._offloaded and self.stage == 3:
                 clear_offloaded(engine.optimizer)
+        self.waiting = self.managed and not last
         try:
             engine.step()
         finally:
@@ -114,6 +118,8 @@ class Gradients:
         """
         if self.ready or not self.managed:
             return
+        if self.touched and self._arrived:
+            return
         if not self.pending:
             raise UsageError(
                 f"{call} needs gradients, and there was no backward pass since the last step. Call "
@@ -135,8 +141,8 @@ class Gradients:
         self.ready, self.pending = True, False
 
     def discard(self) -> None:
-        """Forget all gradients since the last step."""
-        if not (self.ready or self.pending or self.touched):
+        """Forget all gradients since the last step; not where the engine, asked to step, goes on accumulating."""
+        if self.waiting or not (self.ready or self.pending or self.touched):
             return  # the engine clears them in each step, so most calls end here
         engine = self.engine
         optimizer = engine.optimizer
@@ -155,6 +161,12 @@ class Gradients:
         if self._offloaded:
             optimizer.reset_cpu_buffers()
         self._forget()
+
+    @property
+    def _arrived(self) -> bool:
+        """Whether a backward pass through another engine has left exchanged gradients here."""
+        kept = getattr(self.engine.optimizer, "averaged_gradients", None) or {}
+        return any(part is not None for part in kept.values())
 
     @property
     def _offloaded(self) -> bool:

@@ -102,6 +102,17 @@ def find_foreign(path: Path) -> ForeignFolder | None:
     return None
 
 
+def find_foreign_around(path: Path) -> ForeignFolder | None:
+    """The checkpoint of a plugin's layout that the local file ``path`` lies in, at most two levels down."""
+    if is_remote(path):
+        return None
+    file = os.path.realpath(resolve(path))
+    if not os.path.isfile(file):
+        return None
+    parent = os.path.dirname(file)
+    return find_foreign(parent) or find_foreign(os.path.dirname(parent))
+
+
 def _ask(folder: str) -> CheckpointReader | None:
     registry = importlib.import_module("fabric_core.registry").get_registry()
     if not registry.has_hook(_HOOK):

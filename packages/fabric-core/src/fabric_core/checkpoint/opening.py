@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from fabric_core.checkpoint.agreement import together
 from fabric_core.checkpoint.folder import FolderCheckpoint, open_folder
-from fabric_core.checkpoint.foreign import ForeignCheckpoint, find_foreign, open_foreign
+from fabric_core.checkpoint.foreign import ForeignCheckpoint, find_foreign, find_foreign_around, open_foreign
 from fabric_core.checkpoint.lazy import MappedCheckpoint, OpenCheckpoint
 from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.sharded.layout import find_folder, is_sharded
-from fabric_core.errors import UsageError
+from fabric_core.errors import CheckpointError, UsageError
 from fabric_core.keywords import accepted
 
 if TYPE_CHECKING:
@@ -88,7 +88,26 @@ def _is_folder(path: Path) -> bool:
 
 @contextmanager
 def open_file(io: CheckpointIO, path: Path, weights_only: bool | None) -> Iterator[OpenCheckpoint]:
-    """The file through ``open_checkpoint`` if that is as good as the implementation's ``load_checkpoint``."""
+    """The file through ``open_checkpoint`` if that is as good as the implementation's ``load_checkpoint``.
+
+    ``CheckpointError`` if it cannot be read and lies in a checkpoint that a plugin reads as a whole.
+    """
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(_open_alone(io, path, weights_only))
+        except Exception as error:
+            whole = find_foreign_around(path)
+            if whole is None:
+                raise
+            raise CheckpointError(
+                f"{os.fspath(path)!r} cannot be read by itself: it is one file of the {whole.format} checkpoint in the "
+                f"folder {whole.path!r}. Pass that folder."
+            ) from error
+        yield source
+
+
+@contextmanager
+def _open_alone(io: CheckpointIO, path: Path, weights_only: bool | None) -> Iterator[OpenCheckpoint]:
     if _can_open(type(io)):
         opening: AbstractContextManager[OpenCheckpoint] = io.open_checkpoint(path, weights_only)  # type: ignore[attr-defined]
         with opening as source:

@@ -22,7 +22,7 @@ class FabricOptimizer:
     """
 
     # What schedulers and users may put onto the cover itself, such as a scheduler's counting `step`.
-    _OWN = frozenset({"optimizer", "_strategy", "_callbacks", "_direct", "step", "_opt_called"})
+    _OWN = frozenset({"optimizer", "_strategy", "_callbacks", "_direct", "_clear", "step", "_opt_called"})
 
     def __init__(self, optimizer: Optimizer, strategy: Strategy, callbacks: list[Any] | None = None) -> None:
         own = self.__dict__

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fabric_core.checkpoint.portable import clean_name
 from fabric_core.errors import UnsupportedError
+from fabric_deepspeed.backend import kept_elsewhere
 from fabric_deepspeed.checkpoint.partitions import offsets, overlap, partition_length
 from fabric_deepspeed.engine import Engine
 
@@ -110,7 +111,7 @@ def changing(engine: Engine) -> Iterator[None]:
 def flat_optimizer(engine: Engine) -> FlatOptimizer | None:
     """The engine's optimizer if it is of the kind that stages 1 to 3 use.
 
-    ``UnsupportedError`` if its memory is on NVMe.
+    ``UnsupportedError`` if its memory is on NVMe; ``RuntimeError`` if this release of DeepSpeed keeps it elsewhere.
     """
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
@@ -119,7 +120,7 @@ def flat_optimizer(engine: Engine) -> FlatOptimizer | None:
             "fabric.strategy.model.load_checkpoint(folder) loads what save_checkpoint(folder) has written. To begin "
             "with other weights, load them into the module before fabric.setup(...)."
         )
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+    if hasattr(optimizer, "fp32_partitioned_groups_flat") and hasattr(optimizer, "sub_group_to_group_id"):
         return _of_stage_3(engine, optimizer)
     for flats, groups in (
         ("single_partition_of_fp32_groups", "bit16_groups"),
@@ -127,6 +128,8 @@ def flat_optimizer(engine: Engine) -> FlatOptimizer | None:
     ):
         if hasattr(optimizer, flats):
             return _of_stage_1_and_2(engine, optimizer, getattr(optimizer, flats), getattr(optimizer, groups))
+    if engine.zero_optimization_stage() and isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise kept_elsewhere("the weights that its optimizer steps")
     return None
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from fabric_core.checkpoint.folder_commit import commit_folder
-from fabric_core.errors import CheckpointError, UnsupportedError
+from fabric_core.errors import CheckpointError, UnsupportedError, UsageError
+from fabric_deepspeed.backend import kept_elsewhere
 from fabric_deepspeed.checkpoint.layout import LAYOUT, TAG
 from fabric_deepspeed.checkpoint.live import names_of
 from fabric_deepspeed.checkpoint.saved import ENTRY, FORMAT
@@ -40,6 +41,7 @@ class EngineFiles:
 
     def __init__(self, engine: Engine, exclude_frozen_parameters: bool = False) -> None:
         refuse_other_writers(engine)
+        refuse_added_groups(engine)
         self._engine = engine
         with _noting(engine) as notes:
             engine.save_checkpoint(
@@ -109,6 +111,20 @@ def refuse_other_writers(engine: Engine) -> None:
         )
 
 
+def refuse_added_groups(engine: Engine) -> None:
+    """``RuntimeError`` if the optimizer has got parameters since set-up that are none of the module's."""
+    optimizer = engine.optimizer
+    if optimizer is None or optimizer is not engine.basic_optimizer:  # no group can be added
+        return
+    own = names_of(engine)
+    if any(parameter not in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "optimizer.add_param_group(...) added parameters after fabric.setup(...) that are none of the model's. "
+            "DeepSpeed does not average their gradients, and a checkpoint would hold no values of them, so nothing was "
+            "saved. Make them part of the model and of its optimizer before fabric.setup(model, optimizer)."
+        )
+
+
 _PLACE: Final = os.path.abspath(os.path.join(os.sep, "checkpoint"))
 """Where the engine is told to write. Nothing is written there."""
 
@@ -137,7 +153,9 @@ class _Notes:
 
 @contextmanager
 def _noting(engine: Engine) -> Iterator[_Notes]:
-    writer, copy_programs = engine.checkpoint_engine, engine._copy_recovery_script
+    writer, copy_programs = engine.checkpoint_engine, getattr(engine, "_copy_recovery_script", None)
+    if copy_programs is None:
+        raise kept_elsewhere("the copying of its recovery programs")
     notes = _Notes(writer)
 
     def copy_later(_: str) -> None:

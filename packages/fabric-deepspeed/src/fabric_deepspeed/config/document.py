@@ -1,24 +1,7 @@
 """DeepSpeed's dictionary: put together from the user's configuration and the strategy's arguments.
 
-What a strategy needs of this module::
-
-    class DeepSpeedStrategy(...):
-        typed_arguments: frozenset[str]                   # set by the decorator of config/typed.py
-
-        @remember_typed
-        def __init__(self, ..., stage=2, ..., config=None, ...) -> None:
-            self._keywords = config_keywords(locals())    # those of the arguments that concern the dictionary
-            self.config = assemble(config, self._keywords, self.typed_arguments)
-
-        # at the first set-up or init_module, when self.precision is known (users may edit self.config before):
-            self.config = finalize(self.config, self._keywords, self.typed_arguments, precision="bf16-mixed")
-
-        # beside deepspeed.initialize(..., optimizer=optimizer):
-            advise_on_offload(self.config, optimizer)     # a warning where the optimizer is slow for offloading
-
-``zero_stage(document) -> int`` answers which stage a dictionary asks for.
-
-The rules, in this order:
+The strategy calls ``assemble`` when it is made, ``finalize`` when it joins the other processes, and
+``advise_on_offload`` when an optimizer is set up. In between users may edit the dictionary.
 
 1. Without a configuration the arguments say everything, typed or not.
 2. With one, it says everything, and arguments that were typed are added where it is silent. Where both speak and
@@ -40,6 +23,7 @@ from fabric_core.warnings import user_stacklevel
 from fabric_deepspeed.config.activation_checkpointing import ActivationCheckpointingConfig
 from fabric_deepspeed.config.autos import settle_autos
 from fabric_deepspeed.config.keywords import DEFAULTS, FLOAT16_PATHS
+from fabric_deepspeed.config.known import warn_of_slips
 from fabric_deepspeed.config.merge import check_contradictions, fill, values_of, warn_without_effect
 from fabric_deepspeed.config.numerics import add_precision
 from fabric_deepspeed.config.older import modernize
@@ -104,6 +88,7 @@ def _typed(keywords: Mapping[str, Any], passed: frozenset[str]) -> set[str]:
 def _merged(source: Source, keywords: Mapping[str, Any], typed: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     document = source.document
     modernize(document)
+    warn_of_slips(document, source.words)
     check_sections(document, "zero_optimization", "aio", "activation_checkpointing", "fp16", "bf16")
     for name in ("optimizer", "scheduler"):
         if document.get(name) is not None:
