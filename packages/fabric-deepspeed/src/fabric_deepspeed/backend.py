@@ -20,7 +20,7 @@ from fabric_core.errors import IncompatiblePluginError, PluginLoadError, Unsuppo
 from fabric_deepspeed.build_locks import abandoned_locks
 from fabric_deepspeed.settings import ACCELERATOR
 
-OLDEST: Final = "0.18.0"
+OLDEST: Final = "0.19.8"
 """The oldest release that this package works with, as its metadata says too."""
 
 NEWEST: Final = "0.19.8"
