@@ -89,7 +89,7 @@ def columns(rows: list[tuple[float, float]]) -> list[tuple[float, ...]]:
 
 
 def main() -> None:
-    """Print one line for each stage."""
+    """Print two lines for each stage."""
     torch.set_num_threads(1)
     for stage in (1, 2, 3):
         fabric = Fabric(accelerator="cpu", devices=2, strategy=f"deepspeed_stage_{stage}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import sys
 import time
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
 """How long a collective waits for the other ranks; torch's own figure, ``torch.distributed.default_pg_timeout``."""
 
 _PATIENCE: Final = 10.0
+_stores: Final[dict[tuple[int, str, int, bool], Any]] = {}
+_left: Final[list[object]] = []
 
 
 def is_initialized() -> bool:
@@ -74,21 +77,34 @@ def join_group(
         return False
     if sys.platform == "win32" and not USE_LIBUV.is_set():
         USE_LIBUV.set(0)
-    await_background_work()  # it may still use the store of a group that was left, at the same address
-    address, port = environment.main_address, environment.main_port
-    if rank != 0:
-        _wait_for_listener(address, port)
+    await_background_work()
+    store = _meet(environment, timeout)
     bound = device if device is not None and device.type != "cpu" and backend != "gloo" else None
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
-        timeout=timeout,
-        world_size=size,
-        rank=rank,
-        device_id=bound,
-    )
+    dist.init_process_group(backend, store=store, timeout=timeout, world_size=size, rank=rank, device_id=bound)
     protect_exit()
     return True
+
+
+def _meet(environment: ClusterEnvironment, timeout: timedelta) -> Any:
+    """A store for one group, at rank 0's address.
+
+    What is connected there stays so for the life of the process, and each group gets a part of its own: a rank that
+    leaves one group and joins the next must not meet the remains of the first.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    rank, size = environment.global_rank(), environment.world_size()
+    address, port = environment.main_address, environment.main_port
+    place = (os.getpid(), address, port, rank == 0)  # a forked process has connections of its own
+    if place not in _stores:
+        if rank != 0:
+            _wait_for_listener(address, port)
+        where = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+        _stores[place], _, _ = next(iter(rendezvous(where, rank, size, timeout=timeout)))
+    # All ranks are in a group before one leaves it: as many as there are ranks arrive for each.
+    arrived = _stores[place].add(f"fabric/{size}", 1)
+    part = f"fabric/{size}/{(arrived - 1) // size}"
+    return dist.PrefixStore(part, _stores[place])  # type: ignore[attr-defined]
 
 
 def _check_existing(rank: int, size: int) -> None:
@@ -122,4 +138,6 @@ def _wait_for_listener(address: str, port: int) -> None:
 def leave_group() -> None:
     """Leave the process group; no error if there is none."""
     if is_initialized():
+        # Kept: gloo's destructor waits for a thread, which may wait for the interpreter's lock that it runs under.
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
