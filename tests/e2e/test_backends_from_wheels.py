@@ -143,9 +143,7 @@ def test_broken_it_fails_for_who_chooses_it_and_says_why(backends: Environment, 
     assert "importing it" in done.stderr
 
 
-def test_without_a_compiler_deepspeed_says_what_it_needs(backends: Environment, tmp_path: Path) -> None:
+def test_deepspeed_trains_on_cpus_without_a_compiler(backends: Environment, tmp_path: Path) -> None:
     nothing = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = train(backends, "--devices", "1", *CHOICES["deepspeed"], **nothing)
-    assert done.returncode == 1
-    assert "PluginLoadError: DeepSpeed could not build or load one of its native parts" in done.stderr
-    assert "ninja" in done.stderr.splitlines()[-1]
+    assert done.returncode == 0, done.stderr
