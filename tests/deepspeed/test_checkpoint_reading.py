@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 from fabric_core import Fabric
 from fabric_core.checkpoint.conversion.consolidate import consolidate
 from fabric_core.cli.main import cli
+from fabric_core.errors import UnsafeCheckpointError
+from fabric_deepspeed.checkpoint.files import read_file
 
 
 def command(*words: object) -> Result:
@@ -191,3 +193,23 @@ def read_by_deepspeed(folder: str, stage: int) -> dict[str, Any]:
 def test_plain_deepspeed_loads_what_fabric_wrote(stage: int, tmp_path: Path, workers: Any) -> None:
     found = run(workers(2), read_by_deepspeed, str(tmp_path / "ck"), stage)[0]
     assert found == {"same": (0, True), "step": 3}
+
+
+class Looked:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enumeration: as a call of ``getattr``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return getattr, (ZeroStageEnum, self.name)
+
+
+def test_a_stage_may_be_pickled_as_a_look_up_and_nothing_else_is_looked_up(tmp_path: Path) -> None:
+    torch.save({"stage": Looked("weights")}, tmp_path / "file")
+    assert read_file(str(tmp_path / "file"), None) == {"stage": 3}
+    torch.save({"stage": Looked("__class__")}, tmp_path / "file")
+    with pytest.raises(UnsafeCheckpointError, match="NOT loaded"):
+        read_file(str(tmp_path / "file"), None)
