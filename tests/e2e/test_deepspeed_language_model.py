@@ -12,6 +12,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +64,11 @@ class Job:
         return Job(self.environment, self.text, out)
 
 
+Finished = Callable[..., tuple[Job, str]]
+
+
 @pytest.fixture(scope="session")
-def fresh(backends: Environment, tmp_path_factory: pytest.TempPathFactory) -> object:
+def fresh(backends: Environment, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Job]:
     """Makes jobs."""
     text = tmp_path_factory.mktemp("text")
     for module in (inspect, subprocess, socket):
@@ -73,7 +77,7 @@ def fresh(backends: Environment, tmp_path_factory: pytest.TempPathFactory) -> ob
 
 
 @pytest.fixture(scope="session")
-def finished(fresh) -> object:
+def finished(fresh: Callable[[], Job]) -> Finished:
     """Finished jobs by strategy and precision, each run once."""
     made: dict[tuple[str, ...], tuple[Job, str]] = {}
 
@@ -88,13 +92,13 @@ def finished(fresh) -> object:
 
 
 @pytest.fixture(scope="session")
-def stopped(finished) -> object:
+def stopped(finished: Finished) -> Callable[[str], Job]:
     """Jobs by stage that were stopped after 13 of the 30 steps."""
     return lambda stage: finished(f"deepspeed_stage_{stage}", "32-true", "--stop-after", "13")[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_are_those_of_ddp(finished, stage: str) -> None:
+def test_losses_are_those_of_ddp(finished: Finished, stage: str) -> None:
     (job, output), (reference, _) = finished(f"deepspeed_stage_{stage}"), finished("ddp")
     assert "processes: 2\n" in output
     assert job.losses == pytest.approx(reference.losses, abs=SPREAD)
@@ -102,14 +106,16 @@ def test_losses_are_those_of_ddp(finished, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [pytest.param("1", marks=slow), "2", pytest.param("3", marks=slow)])
-def test_in_bfloat16_too(finished, stage: str) -> None:
+def test_in_bfloat16_too(finished: Finished, stage: str) -> None:
     job, _ = finished(f"deepspeed_stage_{stage}", "bf16-mixed")
     assert job.losses == pytest.approx(finished("ddp", "bf16-mixed")[0].losses, abs=BF16_SPREAD)
     assert job.losses != finished("ddp")[0].losses
 
 
 @pytest.mark.parametrize("stage", [pytest.param("1", marks=slow), "2", pytest.param("3", marks=slow)])
-def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(finished, stopped, tmp_path: Path, stage: str) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(
+    finished: Finished, stopped: Callable[[str], Job], tmp_path: Path, stage: str
+) -> None:
     job = stopped(stage).copy(tmp_path / "resumed")
     assert len(job.losses) == 13 + 2
     job.run(f"deepspeed_stage_{stage}", "--resume")
@@ -123,7 +129,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_it_goes_on_at_another_stage(finished, stopped, tmp_path: Path, before: str, after: str) -> None:
+def test_it_goes_on_at_another_stage(
+    finished: Finished, stopped: Callable[[str], Job], tmp_path: Path, before: str, after: str
+) -> None:
     job = stopped(before).copy(tmp_path / "resumed")
     job.run(f"deepspeed_stage_{after}", "--resume")
     assert job.losses == pytest.approx(finished(f"deepspeed_stage_{after}")[0].losses, abs=SPREAD)
@@ -131,14 +139,14 @@ def test_it_goes_on_at_another_stage(finished, stopped, tmp_path: Path, before: 
 
 @slow
 @pytest.mark.parametrize("strategy", [*(f"deepspeed_stage_{stage}" for stage in STAGES), "deepspeed_stage_2_offload"])
-def test_accumulated_gradients_are_those_of_ddp(finished, strategy: str) -> None:
+def test_accumulated_gradients_are_those_of_ddp(finished: Finished, strategy: str) -> None:
     job, _ = finished(strategy, "32-true", "--accumulate", "2")
     assert job.losses == pytest.approx(finished("ddp")[0].losses, abs=SPREAD)
 
 
 @slow
 @pytest.mark.parametrize("preset", ["stage_1_offload", "stage_2_offload", "stage_3_offload"])
-def test_offloaded_it_learns_the_same(finished, preset: str) -> None:
+def test_offloaded_it_learns_the_same(finished: Finished, preset: str) -> None:
     job, _ = finished(f"deepspeed_{preset}")
     assert job.losses == pytest.approx(finished("ddp")[0].losses, abs=SPREAD)
 
@@ -158,7 +166,9 @@ print(bytes(tokens[0].tolist()).decode(errors="replace"))
 
 
 @pytest.mark.parametrize("stage", [pytest.param("1", marks=slow), pytest.param("2", marks=slow), "3"])
-def test_consolidated_a_plain_model_writes_the_same_text(finished, backends, tmp_path: Path, stage: str) -> None:
+def test_consolidated_a_plain_model_writes_the_same_text(
+    finished: Finished, backends: Environment, tmp_path: Path, stage: str
+) -> None:
     job, output = finished(f"deepspeed_stage_{stage}")
     target = tmp_path / "plain.ckpt"
     done = backends.fabric("checkpoint", "consolidate", str(job.checkpoint), "--output", str(target))
@@ -169,7 +179,7 @@ def test_consolidated_a_plain_model_writes_the_same_text(finished, backends, tmp
 
 
 @pytest.mark.parametrize("stage", [pytest.param("1", marks=slow), pytest.param("2", marks=slow), "3"])
-def test_one_process_without_deepspeed_reads_the_folder(finished, backends, stage: str) -> None:
+def test_one_process_without_deepspeed_reads_the_folder(finished: Finished, backends: Environment, stage: str) -> None:
     job, _ = finished(f"deepspeed_stage_{stage}")
     options = ["--checkpoint", str(job.checkpoint), "--prompt", "import ", "--length", "20"]
     written = backends.run(str(EXAMPLE / "generate.py"), *options)
