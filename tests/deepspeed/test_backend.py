@@ -14,7 +14,7 @@ import torch
 import fabric_deepspeed
 from fabric_core.errors import UsageError
 from fabric_deepspeed.backend import OLDEST, check_first_devices
-from fabric_deepspeed.build_locks import abandoned_locks
+from fabric_deepspeed.build_locks import abandoned_locks, extension_folder
 
 PROJECT = Path(fabric_deepspeed.__file__).parents[2] / "pyproject.toml"
 
@@ -213,3 +213,14 @@ def test_the_first_devices_are_addressed_and_others_are_not():
     for wrong in ([1], [2, 3], [1, 0]):
         with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=" + ",".join(map(str, wrong))):
             check_first_devices(devices(*wrong), "CUDA_VISIBLE_DEVICES")
+
+
+def test_the_folder_of_extensions_is_torchs(tmp_path, monkeypatch):
+    from torch.utils.cpp_extension import get_default_build_root
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    for caches in (None, str(tmp_path)):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        if caches is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", caches)
+        assert extension_folder() == Path(get_default_build_root())

@@ -44,17 +44,17 @@ class Environment:
 
 def build_wheels(folder: Path, *names: str) -> dict[str, Path]:
     """Build the packages of these names; return the wheel of each."""
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    sources = [str(PACKAGES / name) for name in names]
-    subprocess.run([*build, "--wheel-dir", str(folder), *sources], check=True, capture_output=True)
+    for name in names:
+        build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+        subprocess.run([*build, str(PACKAGES / name)], check=True, capture_output=True)
     return {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in folder.glob("*.whl")}
 
 
 def make_environment(root: Path, wheels: Iterable[Path], dependencies: Iterable[Path]) -> Environment:
     made = Environment(root / "env")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made.root)], check=True)
-    install = [sys.executable, "-m", "pip", "--python", made.python, "install", "--no-index", "--no-deps", "--quiet"]
-    subprocess.run([*install, *map(str, wheels)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", str(made.root)], check=True)
+    installed = made.run("-m", "pip", "install", "--no-index", "--no-deps", "--quiet", *map(str, wheels))
+    assert installed.returncode == 0, installed.stderr
     own = made.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
     (Path(own) / "dependencies.pth").write_text("\n".join(map(str, dependencies)))
     return made

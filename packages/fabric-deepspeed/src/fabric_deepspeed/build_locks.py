@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from fabric_deepspeed.settings import EXTENSIONS_DIR
+from fabric_deepspeed.settings import CACHE_HOME, EXTENSIONS_DIR
 
 QUIET_SECONDS: Final = 600.0
 """A build in whose folder nothing has changed for so long has ended. One source file compiles in less."""
@@ -17,9 +17,8 @@ def extension_folder() -> Path:
     given = EXTENSIONS_DIR.text()
     if given:
         return Path(given)
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(get_default_build_root())
+    caches = CACHE_HOME.text() or "~/.cache"  # where torch puts it; asking torch would import torch
+    return Path(caches).expanduser() / "torch_extensions"
 
 
 def abandoned_locks(now: float | None = None) -> list[Path]:
