@@ -180,11 +180,7 @@ class DeepSpeedStrategy(DeepSpeedCovers, ParallelStrategy):
     ) -> None:
         """Take devices and environment; processes are started by running the script again."""
         super().connect(devices=devices, num_nodes=num_nodes, environment=environment, interactive=interactive)
-        self.launcher = None
-        if not environment.creates_processes_externally:
-            from fabric_core.launchers.script import ScriptLauncher
-
-            self.launcher = ScriptLauncher(environment, self.num_processes, self.num_nodes)
+        self.launcher = self.script_launcher()
 
     def setup_environment(self) -> None:
         """Import DeepSpeed, join the process group, and have DeepSpeed use it.

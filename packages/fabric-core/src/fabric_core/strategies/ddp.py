@@ -111,12 +111,10 @@ class DDPStrategy(ParallelStrategy):
 
     def _make_launcher(self) -> Launcher | None:
         environment = self.cluster_environment
+        if self.start_method == "popen":
+            return self.script_launcher()
         if environment is None or environment.creates_processes_externally:
             return None
-        if self.start_method == "popen":
-            from fabric_core.launchers.script import ScriptLauncher
-
-            return ScriptLauncher(environment, self.num_processes, self.num_nodes)
         from fabric_core.launchers.spawn import SpawnLauncher
 
         check = self.accelerator.check_fork_safe if self.accelerator is not None else None

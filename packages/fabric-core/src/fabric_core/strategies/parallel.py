@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fabric_core.abc.accelerator import Accelerator
     from fabric_core.abc.checkpoint import CheckpointIO
     from fabric_core.abc.environment import ClusterEnvironment
+    from fabric_core.abc.launcher import Launcher
     from fabric_core.abc.precision import Precision
 
 
@@ -129,6 +130,15 @@ class ParallelStrategy(Strategy):
         self.parallel_devices = devices
         self.cluster_environment = environment
         self._push_ranks()
+
+    def script_launcher(self) -> Launcher | None:
+        """What starts the other processes by running the script again; ``None`` where something else starts them."""
+        environment = self.cluster_environment
+        if environment is None or environment.creates_processes_externally:
+            return None
+        from fabric_core.launchers.script import ScriptLauncher
+
+        return ScriptLauncher(environment, self.num_processes, self.num_nodes)
 
     def _push_ranks(self) -> None:
         environment = self.cluster_environment
