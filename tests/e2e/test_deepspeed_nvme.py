@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import textwrap
+from collections.abc import Callable
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,23 @@ pytestmark = [
 ]
 WEIGHTS = 1024 * 1024
 TRAIN = """
-    import json, sys
+    import argparse, json
     from pathlib import Path
     import torch
     from fabric_core import Fabric
     from fabric_deepspeed.presets import stage_3_offload_nvme
 
-    strategy = stage_3_offload_nvme(nvme_path=sys.argv[1]) if sys.argv[1:] else "ddp"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("strategy")
+    parser.add_argument("--nvme", default="")
+    parser.add_argument("--max-in-cpu", type=int, default=10**9)
+    parser.add_argument("--steps", type=int, nargs=2, default=(0, 5))
+    parser.add_argument("--save")
+    parser.add_argument("--load")
+    parser.add_argument("--frozen", action="store_true")
+    args = parser.parse_args()
+    on_disk = args.strategy == "nvme"
+    strategy = stage_3_offload_nvme(nvme_path=args.nvme, max_in_cpu=args.max_in_cpu) if on_disk else args.strategy
     fabric = Fabric(strategy=strategy, precision="bf16-true")
     fabric.launch()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -35,36 +47,85 @@ TRAIN = """
     torch.manual_seed(0)
     with fabric.init_module():
         wide = torch.nn.Linear(1024, 1024)  # small parameters stay in memory
-        model = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.Tanh(), wide, torch.nn.Linear(1024, 1))
-    optimizer = (DeepSpeedCPUAdam if sys.argv[1:] else torch.optim.AdamW)(model.parameters(), lr=1e-3)
+        other = torch.nn.Linear(1024, 1024).requires_grad_(False) if args.frozen else torch.nn.Identity()
+        model = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.Tanh(), wide, other, torch.nn.Linear(1024, 1))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = (torch.optim.AdamW if args.strategy == "ddp" else DeepSpeedCPUAdam)(trained, lr=1e-3)
     model, optimizer = fabric.setup(model, optimizer)
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    if args.load:
+        fabric.load(args.load, state)
     losses = []
-    for step in range(5):
+    for step in range(*args.steps):
         torch.manual_seed(step)
         loss = (model(torch.randn(8, 64)) - 1).square().mean()
         fabric.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    files = [path.stat().st_size for path in Path(*sys.argv[1:]).rglob("*.swp")]
-    fabric.barrier()
+    files = [path.stat().st_size for path in Path(args.nvme).rglob("*.swp")] if on_disk else []
+    if args.save:
+        fabric.save(args.save, state | {"step": args.steps[1]})
+    weights = fabric.strategy.get_module_state_dict(model)
     if fabric.is_global_zero:
-        print(json.dumps({"losses": losses, "bytes": sum(files)}))
+        sums = {key: value.double().sum().item() for key, value in weights.items()}
+        print(json.dumps({"losses": losses, "bytes": sum(files), "weights": sums, "loaded": state["step"]}))
 """
 
 
-def train(environment: Environment, program: Path, *arguments: str) -> dict[str, Any]:
-    where = ("--accelerator", "cpu", "--devices", "2")
-    done = environment.fabric("run", *where, str(program), *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_it_trains_from_files(backends: Environment, tmp_path: Path) -> None:
-    program, folder = tmp_path / "train.py", tmp_path / "nvme"
+@pytest.fixture
+def train(backends: Environment, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the program in two processes, with a folder for files of its own, and gives what it printed."""
+    program = tmp_path / "train.py"
     program.write_text(textwrap.dedent(TRAIN))
-    folder.mkdir()
-    offloaded, reference = train(backends, program, str(folder)), train(backends, program)
+
+    def run(strategy: str, *arguments: object) -> dict[str, Any]:
+        where = ("run", "--accelerator", "cpu", "--devices", "2", str(program), strategy)
+        files = ("--nvme", tempfile.mkdtemp(dir=tmp_path)) if strategy == "nvme" else ()
+        done = backends.fabric(*where, *files, *map(str, arguments))
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return printed
+
+    return run
+
+
+def test_it_trains_from_files(train: Callable[..., dict[str, Any]]) -> None:
+    offloaded, reference = train("nvme"), train("ddp")
     assert offloaded["losses"] == pytest.approx(reference["losses"], rel=0.05)
     assert offloaded["losses"][-1] < offloaded["losses"][0]
     assert offloaded["bytes"] > WEIGHTS * (4 + 4 + 4), "float32 weights and both moments are in files"
+
+
+@pytest.mark.parametrize("max_in_cpu", [10**9, 0], ids=["parameters in memory", "parameters in files"])
+def test_it_goes_on_from_files_exactly(train: Callable[..., dict[str, Any]], tmp_path: Path, max_in_cpu: int) -> None:
+    whole = train("nvme", "--max-in-cpu", max_in_cpu)
+    first = train("nvme", "--max-in-cpu", max_in_cpu, "--steps", 0, 3, "--save", tmp_path / "ck")
+    rest = train("nvme", "--max-in-cpu", max_in_cpu, "--steps", 3, 5, "--load", tmp_path / "ck")
+    assert rest["loaded"] == 3
+    assert first["losses"] + rest["losses"] == whole["losses"]
+    assert rest["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("nvme", "deepspeed_stage_3_offload"), ("deepspeed_stage_3_offload", "nvme")]
+)
+def test_checkpoints_go_between_files_and_memory(
+    train: Callable[..., dict[str, Any]], tmp_path: Path, before: str, after: str
+) -> None:
+    whole = train(before)
+    train(before, "--steps", 0, 3, "--save", tmp_path / "ck")
+    rest = train(after, "--steps", 3, 5, "--load", tmp_path / "ck")
+    assert rest["losses"] == whole["losses"][3:]
+    assert rest["weights"] == whole["weights"]
+
+
+def test_what_never_stepped_goes_on_from_nothing(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    train("nvme", "--steps", 0, 0, "--save", tmp_path / "ck")
+    assert train("nvme", "--load", tmp_path / "ck")["losses"] == train("nvme")["losses"]
+
+
+def test_frozen_parameters_in_files_are_saved(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    train("nvme", "--frozen", "--steps", 0, 1, "--save", tmp_path / "ck")  # DeepSpeed 0.19.8 does not come further
+    rest = train("deepspeed_stage_3_offload", "--frozen", "--steps", 1, 2, "--load", tmp_path / "ck")
+    assert rest["losses"] == train("deepspeed_stage_3_offload", "--frozen", "--steps", 0, 2)["losses"][1:]

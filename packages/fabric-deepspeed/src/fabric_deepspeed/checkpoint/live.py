@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fabric_core.checkpoint.portable import clean_name
-from fabric_core.errors import UnsupportedError
 from fabric_deepspeed.backend import kept_elsewhere
 from fabric_deepspeed.checkpoint.partitions import offsets, overlap, partition_length
+from fabric_deepspeed.checkpoint.swapped import SwappedFlat, swapped_flats
 from fabric_deepspeed.engine import Engine
 
 
@@ -48,17 +48,53 @@ class FlatOptimizer:
 
     Attributes:
         base: the optimizer that steps them, with its state by flat tensor.
-        flats: float32 weights, on the CPU if they are offloaded.
+        keys: the flat tensors, as the optimizer has its state by them; those on NVMe are empty.
         groups: for each parameter group, the names of its parameters; the same on all ranks.
         flats_of: for each parameter group, the numbers of its flat tensors.
         fragments: by name; parameters of which this rank has nothing are not there.
+        swapped: the flat tensors that are on NVMe, by their numbers.
     """
 
     base: torch.optim.Optimizer
-    flats: list[Tensor]
+    keys: list[Tensor]
     groups: list[list[str]]
     flats_of: list[list[int]]
     fragments: dict[str, Fragment] = field(repr=False)
+    swapped: dict[int, SwappedFlat] = field(default_factory=dict, repr=False)
+
+    def weights(self, number: int) -> Tensor:
+        """The float32 weights in a flat tensor: on the device, on the CPU or in a file."""
+        return self.swapped[number].weights if number in self.swapped else self.keys[number].detach()
+
+    def state(self, number: int) -> dict[str, Any]:
+        """The optimizer's state of a flat tensor; its tensors can be written to, and other values are copies."""
+        state = self.base.state.get(self.keys[number], {})
+        return {**state, **self.swapped[number].state} if number in self.swapped else dict(state)
+
+    def set(self, number: int, key: str, value: Any) -> None:
+        """Set an entry of that state that is no flat tensor."""
+        self.base.state[self.keys[number]][key] = value
+
+    def memory(self, number: int, key: str, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of that state, made where the optimizer has not stepped yet."""
+        memory = self.state(number).get(key)
+        if isinstance(memory, Tensor):
+            return memory
+        if number in self.swapped:
+            return self.swapped[number].add(key)
+        memory = torch.zeros_like(self.keys[number], dtype=dtype, requires_grad=False)
+        self.set(number, key, memory)
+        return memory
+
+    def forget(self, number: int, key: str) -> None:
+        """Remove an entry of that state; beside memory on NVMe, which stays, it becomes zero."""
+        state = self.base.state[self.keys[number]]
+        if number not in self.swapped or not self.swapped[number].state:
+            del state[key]
+        elif isinstance(value := self.state(number)[key], Tensor):
+            value.zero_()
+        elif isinstance(value, int | float):
+            state[key] = type(value)(0)
 
 
 def names_of(engine: Engine) -> dict[nn.Parameter, str]:
@@ -111,15 +147,9 @@ def changing(engine: Engine) -> Iterator[None]:
 def flat_optimizer(engine: Engine) -> FlatOptimizer | None:
     """The engine's optimizer if it is of the kind that stages 1 to 3 use.
 
-    ``UnsupportedError`` if its memory is on NVMe; ``RuntimeError`` if this release of DeepSpeed keeps it elsewhere.
+    ``RuntimeError`` if this release of DeepSpeed keeps its memory elsewhere than those that are known.
     """
     optimizer = engine.optimizer
-    if getattr(optimizer, "swap_optimizer", False):
-        raise UnsupportedError(
-            "The optimizer's memory is on NVMe, where only DeepSpeed itself reaches it: "
-            "fabric.strategy.model.load_checkpoint(folder) loads what save_checkpoint(folder) has written. To begin "
-            "with other weights, load them into the module before fabric.setup(...)."
-        )
     if hasattr(optimizer, "fp32_partitioned_groups_flat") and hasattr(optimizer, "sub_group_to_group_id"):
         return _of_stage_3(engine, optimizer)
     for flats, groups in (
@@ -170,7 +200,8 @@ def _of_stage_3(engine: Engine, optimizer: Any) -> FlatOptimizer:
             if own > 0:
                 fragments[names[parameter]] = Fragment(flat, start, first, own)
             start += length
-    return FlatOptimizer(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, groups, flats_of, fragments)
+    flats, swapped = optimizer.fp32_partitioned_groups_flat, swapped_flats(optimizer)
+    return FlatOptimizer(optimizer.optimizer, flats, groups, flats_of, fragments, swapped)
 
 
 def _rank_of(parameter: Any) -> int:

@@ -129,7 +129,7 @@ def load_state(engine: Engine, optimizer: FlatOptimizer, match: Match, read: Rea
                 value = read(stored)
                 if isinstance(value, Tensor) and value.dim() and value.shape == shapes[name]:
                     if fragment is not None:
-                        fragment.put(value, _memory(optimizer, fragment.flat, key, value.dtype))
+                        fragment.put(value, optimizer.memory(fragment.flat, key, value.dtype))
                 else:
                     for number in numbers:
                         _set_value(optimizer, number, key, value)
@@ -141,34 +141,22 @@ def load_state(engine: Engine, optimizer: FlatOptimizer, match: Match, read: Rea
 
 def _forget_others(optimizer: FlatOptimizer, numbers: list[int], keys: set[str]) -> None:
     for number in numbers:
-        state = optimizer.base.state.get(optimizer.flats[number], {})
-        for key in [key for key in state if key not in keys]:
-            del state[key]
-
-
-def _memory(optimizer: FlatOptimizer, number: int, key: str, dtype: torch.dtype) -> Tensor:
-    """The flat tensor of one kind of state, made where the optimizer has not stepped yet."""
-    flat = optimizer.flats[number]
-    state = optimizer.base.state[flat]
-    if not isinstance(state.get(key), Tensor):
-        state[key] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
-    memory: Tensor = state[key]
-    return memory
+        for key in optimizer.state(number).keys() - keys:
+            optimizer.forget(number, key)
 
 
 def _set_value(optimizer: FlatOptimizer, number: int, key: str, value: Any) -> None:
     """What is one value for all parameters, as a step: a tensor or a number, as this optimizer has it."""
-    state = optimizer.base.state[optimizer.flats[number]]
-    before = state.get(key)
+    before = optimizer.state(number).get(key)
     wants_tensor = isinstance(before, Tensor) if before is not None else isinstance(value, Tensor)
     if before is None and key == "step":
         wants_tensor = type(optimizer.base).__module__.startswith("torch.")
     if wants_tensor:
-        state[key] = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+        value = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
     else:
-        state[key] = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
-        if key == "step":
-            state[key] = int(state[key])
+        value = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+        value = int(value) if key == "step" else value
+    optimizer.set(number, key, value)
 
 
 @torch.no_grad()
@@ -187,8 +175,7 @@ def gather_state(engine: Engine) -> dict[str, Any]:
     for names, numbers in zip(optimizer.groups, optimizer.flats_of, strict=True):
         number_of = _flat_of_each(engine, optimizer, names, numbers)
         for name in names:
-            flat = optimizer.flats[number_of[name]]
-            entries = optimizer.base.state.get(flat, {})
+            flat, entries = optimizer.weights(number_of[name]), optimizer.state(number_of[name])
             whole = {key: _whole(optimizer, name, value, shapes[name], flat, engine) for key, value in entries.items()}
             if is_first and whole:
                 result[name] = whole

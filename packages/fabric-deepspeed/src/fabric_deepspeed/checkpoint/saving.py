@@ -19,8 +19,9 @@ from fabric_core.checkpoint.folder_commit import commit_folder
 from fabric_core.errors import CheckpointError, UnsupportedError, UsageError
 from fabric_deepspeed.backend import kept_elsewhere
 from fabric_deepspeed.checkpoint.layout import LAYOUT, TAG
-from fabric_deepspeed.checkpoint.live import names_of
+from fabric_deepspeed.checkpoint.live import flat_optimizer, names_of
 from fabric_deepspeed.checkpoint.saved import ENTRY, FORMAT
+from fabric_deepspeed.checkpoint.swapped import frozen_part
 from fabric_deepspeed.engine import Engine
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class EngineFiles:
         self._programs = notes.programs
         for content in self.models:
             _add_optimizer(engine, content)
+            if content.get("frozen_param_fragments"):
+                content["frozen_param_fragments"] = _frozen_parts(engine, content["frozen_param_fragments"])
+        for content in self.contents.values():
+            if "optimizer_state_dict" in content and engine.zero_nvme_offload_optimizer():
+                content["optimizer_state_dict"] = _with_files(engine, content["optimizer_state_dict"])
 
     @property
     def models(self) -> list[dict[str, Any]]:
@@ -101,13 +107,6 @@ def refuse_other_writers(engine: Engine) -> None:
             f"DeepSpeed's config chooses {type(engine.checkpoint_engine).__name__} to write checkpoints, which puts "
             "files in their place by itself. Fabric writes them beside it first, so that a save that fails leaves "
             'nothing: remove "writer" from the "checkpoint" section, and "datastates_ckpt".'
-        )
-    if engine.zero_nvme_offload_optimizer():
-        raise UnsupportedError(
-            "The optimizer is offloaded to NVMe, and DeepSpeed copies its files into the checkpoint's place by itself, "
-            "so that a save that fails would leave half of it. fabric.strategy.model.save_checkpoint(folder) does it "
-            "nevertheless. The weights alone can be saved here: "
-            'fabric.save(path, {"model": model}, filter={"model": lambda key, value: True}).'
         )
 
 
@@ -163,11 +162,36 @@ def _noting(engine: Engine) -> Iterator[_Notes]:
 
     engine.checkpoint_engine = notes
     engine._copy_recovery_script = copy_later
+    engine.zero_nvme_offload_optimizer = _copies_no_files
     try:
         yield notes
     finally:
         engine.checkpoint_engine = writer
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
+
+
+def _copies_no_files() -> bool:
+    """DeepSpeed copies what is on NVMe into the checkpoint's place by itself; here it is written with the rest."""
+    return False
+
+
+def _frozen_parts(engine: Engine, parts: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: parameter for parameter, name in engine.param_names.items()}
+    return {name: frozen_part(own[name], part) for name, part in parts.items()}
+
+
+def _with_files(engine: Engine, content: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state, with maps of its files in the places of tensors that are on NVMe, and empty."""
+    optimizer = flat_optimizer(engine)
+    assert optimizer is not None
+    flats, numbers = content["fp32_flat_groups"], [number for group in optimizer.flats_of for number in group]
+    packed = content["optimizer_state_dict"]
+    state = {index: {**entry, **optimizer.state(numbers[index])} for index, entry in packed["state"].items()}
+    return {
+        **content,
+        "fp32_flat_groups": [optimizer.weights(number) for number in range(len(flats))],
+        "optimizer_state_dict": {**packed, "state": state},
+    }
 
 
 def _write_file(content: Any, path: str, archive: bool) -> None:

@@ -68,9 +68,7 @@ def check_weights(engine: Engine, saved: Mapping[str, Any], strict: bool, option
     Raises:
         CheckpointKeyError: keys that differ, if ``strict``; all of them are named.
         CheckpointError: shapes that differ.
-        UnsupportedError: as ``flat_optimizer`` raises it.
     """
-    flat_optimizer(engine)
     live = live_state(engine)
     shapes = [
         f"{key} is {tuple(value.shape)} in the checkpoint and {tuple(shape_of(live[key]))} in the module"
@@ -144,7 +142,7 @@ def _load_masters(
         value = own.get(prefix + key)
         fragment: Fragment | None = optimizer.fragments.get(names[parameter]) if parameter is not None else None
         if fragment is not None and isinstance(value, Tensor):
-            fragment.put(value, optimizer.flats[fragment.flat].detach())
+            fragment.put(value, optimizer.weights(fragment.flat))
 
 
 def _detached(value: Any) -> Any:
