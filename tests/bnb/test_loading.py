@@ -8,6 +8,7 @@ from torch import nn
 
 from fabric_bnb import QuantizedLinear4bit, QuantizedLinear8bit, TrainableLinear8bit
 from fabric_core import Fabric
+from fabric_core.checkpoint.sharded import ranks_of, write_sharded
 from fabric_core.errors import CheckpointError, CheckpointKeyError
 from fabric_core.module_init import EmptyInit
 
@@ -259,14 +260,60 @@ def test_a_checkpoint_with_unknown_keys_changes_nothing(mode, tmp_path):
     assert equal(model.state_dict(), before)
 
 
-@FROZEN
-def test_a_checkpoint_that_does_not_fit_leaves_the_quantized_layer_as_it_was(mode, tmp_path):
+OTHER = {"nf4": "fp4", "nf4-dq": "fp4-dq", "fp4": "nf4", "fp4-dq": "nf4-dq", "int8": "nf4", "int8-training": "nf4"}
+
+
+def spoiled(state, mode, wrong):
+    if wrong == "mode":
+        return fabric_of(OTHER[mode]).setup(plain(1)).state_dict(), "is quantised as"
+    if wrong == "size":
+        return fabric_of(mode).setup(
+            plain(1, inputs=128)
+        ).state_dict(), r"(\(32, 128\) .*and \(32, 64\)|has 2048 bytes)"
+    if wrong == "bias":
+        return state | {"0.bias": torch.ones(3)}, r"0\.bias is \(3,\) in the state dict and \(32,\) in the layer"
+    if wrong == "unknown":
+        return state | {"0.more": torch.ones(3)}, r"0\.more is unknown to the layer"
+    return {key: value for key, value in state.items() if key != "0.weight"}, r"0\.weight is missing in the state dict"
+
+
+@pytest.mark.parametrize("mode", [*KINDS, "int8-training"])
+@pytest.mark.parametrize("wrong", ["mode", "size", "bias", "unknown", "missing"])
+@pytest.mark.parametrize("layout", ["file", "sharded"])
+def test_a_checkpoint_that_does_not_fit_changes_nothing(mode, wrong, layout, tmp_path):
     fabric = fabric_of(mode)
-    other = {"nf4": "fp4", "nf4-dq": "fp4-dq", "fp4": "nf4", "fp4-dq": "nf4-dq", "int8": "nf4"}[mode]
-    fabric.save(tmp_path / "model.ckpt", {"model": fabric_of(other).setup(plain(1))})
+    state, message = spoiled(fabric.setup(plain(1)).state_dict(), mode, wrong)
+    if layout == "file":
+        fabric.save(tmp_path / "ck", {"model": state})
+    else:
+        write_sharded(tmp_path / "ck", {"model": state}, {}, ranks_of())
     model = fabric.setup(plain(2))
     before = copied(model.state_dict())
-    with pytest.raises((RuntimeError, CheckpointError), match="is quantised as"):
-        fabric.load(tmp_path / "model.ckpt", {"model": model})
-    kept = [key for key in before if key.startswith("0.") and key != "0.bias"]
-    assert all(torch.equal(model.state_dict()[key], before[key]) for key in kept)
+    with pytest.raises(CheckpointError, match=rf"Nothing was loaded\. .*{message}"):
+        fabric.load(tmp_path / "ck", {"model": model})
+    assert equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("mode", [*KINDS, "int8-training"])
+def test_a_sharded_checkpoint_comes_back_bit_by_bit(mode, tmp_path):
+    fabric = fabric_of(mode)
+    saved, loaded = fabric.setup(plain(1)), fabric.setup(plain(2))
+    write_sharded(tmp_path / "ck", {"model": saved.state_dict()}, {}, ranks_of())
+    fabric.load(tmp_path / "ck", {"model": loaded})
+    assert equal(loaded.state_dict(), saved.state_dict())
+
+
+@FROZEN
+def test_what_a_hook_renames_is_not_judged_beforehand(mode, tmp_path):
+    fabric = fabric_of(mode)
+    saved, loaded = fabric.setup(plain(1)), fabric.setup(plain(2))
+    state = {key.replace("0.weight", "0.kernel"): value for key, value in saved.state_dict().items()}
+    fabric.save(tmp_path / "ck", {"model": state})
+
+    def rename(module, state_dict, prefix, *_):
+        for key in [key for key in state_dict if key.startswith(f"{prefix}kernel")]:
+            state_dict[key.replace("kernel", "weight")] = state_dict.pop(key)
+
+    loaded.module[0].register_load_state_dict_pre_hook(rename)
+    fabric.load(tmp_path / "ck", {"model": loaded})
+    assert equal(loaded.state_dict(), saved.state_dict())

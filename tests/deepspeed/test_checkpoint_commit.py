@@ -143,3 +143,29 @@ def test_a_killed_save_leaves_the_old_or_the_new_one(kills: int, tmp_path: Path)
     assert counts.pop("old") + counts.pop("new") == kills, done.stdout
     assert counts.pop("left behind") <= kills
     assert counts == {"left behind after the next save": 0, "slow survivors": 0}
+
+
+def saved_in_turn(path: str, kinds: list[Any]) -> list[list[str]]:
+    """One path, saved to under one strategy after the other; what is there each time."""
+    found = []
+    for step, how in enumerate(kinds):
+        fabric = launched(how)
+        model, optimizer = set_up(fabric)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
+        if step:
+            fabric.load(path, state)
+            assert state["step"] == step
+        fabric.save(path, {**state, "step": step + 1})
+        fabric.barrier()
+        found.append(sorted(os.listdir(path)) if os.path.isdir(path) else [])
+        fabric.barrier()
+        fabric.teardown()
+    return found
+
+
+def test_every_strategy_saves_to_the_path_that_it_has_loaded_from(tmp_path: Path, workers: Any) -> None:
+    found = run(workers(2), saved_in_turn, str(tmp_path / "ck"), ["ddp", 2, "ddp", 3, "fsdp", 1, "fsdp"])[0]
+    folders = [content[0] if content else None for content in found]
+    assert folders == [None, "checkpoint", None, "checkpoint", ".metadata", "checkpoint", ".metadata"]
+    assert os.listdir(tmp_path) == ["ck"]
+    assert "latest" not in found[-1]

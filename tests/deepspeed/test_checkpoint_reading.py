@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_the_command_line_knows_the_folder(stage: int, saved: Any, tmp_path: Pat
     folder, there = saved(stage)
     facts = json.loads(command("checkpoint", "inspect", folder, "--json", "--keys").output)
     assert facts["format"] == "deepspeed"
+    assert facts["written_by"] == f"DeepSpeed {version('deepspeed')}, by Fabric"
+    assert facts["world_size"] == 2
     parts = {part["name"]: part["kind"] for part in facts["parts"]}
     assert parts == {"model": "module", "optimizer": "optimizer", "step": "int"}
     tied = {row["name"]: row["tied_to"] for row in facts["keys"]}

@@ -10,9 +10,12 @@ import torch
 
 from fabric_core.abc.hooks import hookimpl
 from fabric_core.checkpoint.conversion.streams import StreamedTensor
+from fabric_core.checkpoint.folder_commit import FolderLayout
+from fabric_core.checkpoint.foreign import Origin
 from fabric_core.errors import UnsafeCheckpointError
 
 LIST = "notes.json"
+LAYOUT = FolderLayout(marker=LIST, held=LIST, is_part=lambda name: name == LIST or name.endswith(".bin"))
 
 
 def write_notes(folder: Any, state: dict[str, Any], **values: Any) -> None:
@@ -36,6 +39,10 @@ def write_notes(folder: Any, state: dict[str, Any], **values: Any) -> None:
 
 class NotesReader:
     format = "notes"
+    layout = LAYOUT
+
+    def origin(self, path: str) -> Origin:
+        return Origin("Notes 1.0", 3)
 
     def __call__(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         with open(os.path.join(path, LIST), encoding="utf-8") as file:

@@ -86,3 +86,47 @@ def test_what_the_loading_code_refuses_is_not_written(fabric, tmp_path):
         fabric.load(tmp_path / "x.ckpt", {"model": model})
     assert torch.equal(model[0].weight, Scaled(values(2)).weight)
     assert torch.equal(model[0].scale, Scaled(values(2)).scale)
+
+
+class Careful(Scaled):
+    """Says beforehand what it would refuse."""
+
+    def state_dict_problems(self, state_dict, prefix, strict):
+        there = f"{prefix}weight" in state_dict
+        return [] if there or not strict else [f"{prefix}weight is not there."]
+
+
+class Renaming(nn.Module):
+    """What is below it sees other keys than those that are stored."""
+
+    def __init__(self, below):
+        super().__init__()
+        self.below = below
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return super().load_state_dict({key.replace("old", "below"): v for key, v in state_dict.items()}, *args)
+
+
+def test_loading_code_can_refuse_before_anything_is_written(fabric, tmp_path):
+    fabric.save(
+        tmp_path / "x.ckpt", {"model": {"0.scale": torch.ones(1), "1.weight": values(1), "1.bias": torch.ones(8)}}
+    )
+    model = nn.Sequential(Careful(values(2)), nn.Linear(8, 8))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"Sequential\. Nothing was loaded\. 0\.weight is not there\.$"):
+        fabric.load(tmp_path / "x.ckpt", {"model": model})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_it_is_told_if_names_may_differ(fabric, tmp_path):
+    fabric.save(tmp_path / "x.ckpt", {"model": {"1.weight": values(1), "1.bias": torch.ones(8)}})
+    model = nn.Sequential(Careful(values(2)), nn.Linear(8, 8))
+    with pytest.raises(KeyError):  # its own code, which does not care for that
+        fabric.load(tmp_path / "x.ckpt", {"model": model}, strict=False)
+
+
+def test_it_is_not_asked_about_keys_that_other_code_may_rename(fabric, tmp_path):
+    fabric.save(tmp_path / "x.ckpt", {"model": {"old.weight": values(1)}})
+    model = Renaming(Careful(values(2)))
+    fabric.load(tmp_path / "x.ckpt", {"model": model})
+    assert torch.equal(model.below.weight, Careful(values(1)).weight)

@@ -9,14 +9,14 @@ accelerator, where ``quantize()`` is called, and at the latest in the first forw
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fabric_bnb.loading import load_weight
+from fabric_bnb.loading import load_weight, may_rename, problems_of_quantized
 from fabric_core.errors import UsageError
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -243,6 +243,10 @@ class QuantizedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         load_weight(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def state_dict_problems(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> list[str]:
+        """What is wrong with the entries that begin with ``prefix``; ``fabric.load`` asks before it writes anything."""
+        return [] if may_rename(self) else list(problems_of_quantized(self, state_dict, prefix, strict))
 
     def extra_repr(self) -> str:
         """Sizes and mode."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fabric_bnb import backend
 from fabric_bnb.linear import PLAIN, QuantizedLinear, QuantizedWeight, take_over
-from fabric_bnb.loading import quantized_problem
+from fabric_bnb.loading import may_rename, problems_of_plain, quantized_problem
 
 bnb: Any = backend.load()
 OUTLIER: Final = 6.0
@@ -208,6 +209,13 @@ class TrainableLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         nn.Module._load_from_state_dict(
             self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def state_dict_problems(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> list[str]:
+        """What is wrong with the entries that begin with ``prefix``; ``fabric.load`` asks before it writes anything."""
+        if may_rename(self):
+            return []
+        problem = quantized_problem(state_dict, prefix)
+        return [problem] if problem else list(problems_of_plain(self._parameters, state_dict, prefix, strict))
 
     def extra_repr(self) -> str:
         """Sizes and mode."""

@@ -7,6 +7,7 @@ scales ``weight.nested_absmax`` and ``weight.nested_quant_map``, and the rest as
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,7 +54,7 @@ class Stored:
         return next((name for name in found if MODES[name].nested == nested), self.quant_type)
 
 
-def stored(state_dict: dict[str, Any], prefix: str) -> Stored:
+def stored(state_dict: Mapping[str, Any], prefix: str) -> Stored:
     """What ``state_dict`` holds for the weight of the layer at ``prefix``."""
     parts = {name: prefix + name for name in _PARTS_8BIT if prefix + name in state_dict}
     start = f"{prefix}weight."
@@ -106,12 +107,67 @@ def load_weight(
         _fill(layer, found, assign)
 
 
-def quantized_problem(state_dict: dict[str, Any], prefix: str) -> str | None:
+def quantized_problem(state_dict: Mapping[str, Any], prefix: str) -> str | None:
     """What is wrong for a layer that takes floating-point weights only; ``None`` if nothing."""
     found = stored(state_dict, prefix)
     if found.quant_type:
         return f"{prefix}weight {_other_mode(found, 'in floating point')}"
     return None
+
+
+def may_rename(layer: nn.Module) -> bool:
+    """Whether a hook may change keys before the layer sees them. That of bitsandbytes, for its old files, does not."""
+    hooks = layer._load_state_dict_pre_hooks.values()
+    return any(not _module_of(getattr(hook, "hook", hook)).startswith("bitsandbytes.") for hook in hooks)
+
+
+def _module_of(function: Any) -> str:
+    return str(getattr(function, "__module__", ""))
+
+
+def problems_of_quantized(
+    layer: QuantizedLinear, state_dict: Mapping[str, Any], prefix: str, strict: bool
+) -> Iterator[str]:
+    """All that can be said before loading against the entries of ``state_dict`` that begin with ``prefix``.
+
+    Values may still have to be read: tensors on the meta device stand for them.
+    """
+    found = stored(state_dict, prefix)
+    problem = None if found.weight is None else _problem(layer, found)
+    if problem is not None:
+        yield f"{prefix}weight {problem}"
+    plain = {"weight": None, "bias": layer.bias}
+    yield from problems_of_plain(plain, state_dict, prefix, strict, found.keys)
+
+
+def problems_of_plain(
+    own: Mapping[str, Tensor | None],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    strict: bool,
+    known: frozenset[str] = frozenset(),
+) -> Iterator[str]:
+    """The same for entries that are taken as they are.
+
+    Args:
+        own: what the layer has by name; ``None`` for what may have any shape, or is none.
+        state_dict: what is to be loaded.
+        prefix: what the layer's keys begin with.
+        strict: nothing may be missing or unknown.
+        known: keys beside these.
+    """
+    wanted = [name for name, value in own.items() if value is not None or prefix + name in known]
+    for name in wanted:
+        value, live = state_dict.get(prefix + name), own[name]
+        if value is None and strict:
+            yield f"{prefix}{name} is missing in the state dict"
+        elif isinstance(value, Tensor) and live is not None and value.shape != live.shape:
+            yield f"{prefix}{name} is {tuple(value.shape)} in the state dict and {tuple(live.shape)} in the layer"
+    if strict:
+        expected = {*known, *(prefix + name for name in wanted)}
+        yield from (
+            f"{key} is unknown to the layer" for key in state_dict if key.startswith(prefix) and key not in expected
+        )
 
 
 def _give_bias_memory(layer: nn.Linear, value: Tensor | None) -> None:
@@ -121,7 +177,7 @@ def _give_bias_memory(layer: nn.Linear, value: Tensor | None) -> None:
 
 
 def _problem(layer: QuantizedLinear, found: Stored) -> str | None:
-    """Why the weight cannot be taken; ``None`` if it can."""
+    """Why the weight cannot be taken; ``None`` if it can, or if only values can tell that are still to be read."""
     assert found.weight is not None
     shape, expected = tuple(found.weight.shape), (layer.out_features, layer.in_features)
     if not found.quant_type:

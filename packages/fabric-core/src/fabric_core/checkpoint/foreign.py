@@ -22,7 +22,7 @@ from fabric_core.checkpoint.dtensors import part_for
 from fabric_core.checkpoint.lazy import OpenCheckpoint
 from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.sharded.boxes import is_dtensor
-from fabric_core.checkpoint.sharded.layout import moved_aside
+from fabric_core.checkpoint.sharded.layout import SHARDED, FolderLayout, moved_aside
 from fabric_core.checkpoint.tree import leaves, replaced
 from fabric_core.errors import CheckpointError, InvalidTypeError
 
@@ -32,11 +32,28 @@ if TYPE_CHECKING:
 _HOOK = "fabric_checkpoint_reader"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Who wrote a checkpoint, as far as it says.
+
+    Attributes:
+        written_by: the program, and its version.
+        world_size: how many processes.
+    """
+
+    written_by: str | None = None
+    world_size: int | None = None
+
+
 class CheckpointReader(Protocol):
     """Reads checkpoints of one layout. Any process calls it, alone or at the same time as others.
 
     Attributes:
         format: the layout's name, for messages.
+        layout: how the folder looks from outside, for those that replace it. Without it, or with ``None``, no save of
+            another layout ever replaces such a folder.
+        origin: a method, optional too, that takes the folder and says who wrote it, as an ``Origin``. It runs no code
+            from the files.
     """
 
     format: str
@@ -76,6 +93,12 @@ class ForeignFolder:
         """The layout's name."""
         return str(getattr(self.reader, "format", "foreign"))
 
+    @property
+    def origin(self) -> Origin:
+        """Who wrote it, as far as the reader knows."""
+        ask = getattr(self.reader, "origin", None)
+        return Origin() if ask is None else ask(self.path)
+
     def read(self, weights_only: bool | None) -> dict[str, Any]:
         """What it holds, as ``CheckpointReader`` says."""
         content = self.reader(self.path, weights_only)
@@ -100,6 +123,14 @@ def find_foreign(path: Path) -> ForeignFolder | None:
         if reader is not None:
             return ForeignFolder(folder, reader)
     return None
+
+
+def layout_of(folder: str) -> FolderLayout | None:
+    """The layout of the checkpoint in a local folder, core's own or a plugin's; ``None`` if it holds no checkpoint."""
+    if SHARDED.is_in(folder):
+        return SHARDED
+    layout: FolderLayout | None = getattr(_ask(folder) if os.path.isdir(folder) else None, "layout", None)
+    return layout if layout is not None and layout.is_in(folder) else None
 
 
 def find_foreign_around(path: Path) -> ForeignFolder | None:

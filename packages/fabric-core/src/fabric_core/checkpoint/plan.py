@@ -82,9 +82,11 @@ def plan_module(
     if not isinstance(saved, MutableMapping):
         raise CheckpointError(f"{name} is a {type(saved).__name__} in the checkpoint, not the state of a module.")
     elsewhere = _memory_loaded_by_custom_code(module)
-    # Custom code may rename and reshape: of what is below it, only loading itself can tell what fits.
-    below = tuple(_prefixes_of_custom_code(module))
-    _check_fit(module, _without(saved, below), _without(live, below), strict, name)
+    # Custom code may rename and reshape: of what is below it, only that code can tell what fits.
+    custom = list(_custom_code(module))
+    below = tuple(prefix for prefix, _ in custom)
+    problems = list(_own_problems(custom, saved, strict))
+    _check_fit(module, _without(saved, below), _without(live, below), problems, strict, name)
     plan = Plan(saved, implicit=bool(elsewhere) and any(map(is_dtensor, live.values())))
     for key, target in live.items():
         window = saved.get(key)
@@ -135,12 +137,20 @@ def _memory_loaded_by_custom_code(module: nn.Module) -> set[int]:
     return addresses
 
 
-def _prefixes_of_custom_code(module: nn.Module) -> Iterator[str]:
-    """What the keys of the modules begin with that load themselves; of the whole module, everything."""
+def _custom_code(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that load themselves, and what their keys begin with; of the whole module, everything does."""
     for name, child in inside_wrapper(module).named_modules(remove_duplicate=False):
         if _loads_itself(child):
             cleaned = clean_name(name)
-            yield f"{cleaned}." if cleaned else ""
+            yield f"{cleaned}." if cleaned else "", child
+
+
+def _own_problems(custom: list[tuple[str, nn.Module]], saved: Mapping[str, Any], strict: bool) -> Iterator[str]:
+    """What modules that load themselves, and can say so beforehand, have against ``saved``."""
+    for number, (prefix, child) in enumerate(custom):
+        ask = getattr(child, "state_dict_problems", None)
+        if ask is not None and not any(prefix.startswith(above) for above, _ in custom[:number] if above != prefix):
+            yield from ask(saved, prefix, strict)  # those below other custom code may see other keys in the end
 
 
 def _further_state(module: nn.Module) -> list[Tensor]:
@@ -175,7 +185,14 @@ def _is_of_torch(hook: Any) -> bool:
     return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.")
 
 
-def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, Any], strict: bool, name: str) -> None:
+def _check_fit(
+    module: nn.Module,
+    saved: Mapping[str, Any],
+    live: Mapping[str, Any],
+    own: list[str],
+    strict: bool,
+    name: str,
+) -> None:
     # Batch norms of old torch versions did not count batches; loading fills that in.
     missing = [key for key in live if key not in saved and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in saved if key not in live]
@@ -186,6 +203,7 @@ def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, A
     ]
     hollow = [key for key in saved if isinstance(live.get(key), Tensor) and live[key].is_meta]
     problems = [f"different shapes: {'; '.join(shapes)}"] if shapes else []
+    problems += [problem.rstrip(".") for problem in own]
     if hollow:
         problems.append(
             f"without memory to load into (on the meta device, set the module up first): {', '.join(hollow)}"
@@ -197,9 +215,9 @@ def _check_fit(module: nn.Module, saved: Mapping[str, Any], live: Mapping[str, A
     if not problems:
         return
     message = f"{name} does not fit {type(module).__name__}. Nothing was loaded. " + ". ".join(
-        problem[0].upper() + problem[1:] for problem in problems
+        problem if problem in own else problem[0].upper() + problem[1:] for problem in problems
     )
-    if shapes or hollow:
+    if shapes or hollow or own:
         raise CheckpointError(message + ".")
     raise CheckpointKeyError(message + ". Pass strict=False to load what both have.")
 

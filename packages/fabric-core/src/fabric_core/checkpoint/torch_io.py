@@ -19,6 +19,7 @@ from fabric_core.checkpoint.commit import publish
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_archive, open_mapped
 from fabric_core.checkpoint.paths import is_http, is_remote, open_filesystem, resolve
 from fabric_core.checkpoint.safetensors_io import is_safetensors, load_safetensors, open_safetensors
+from fabric_core.checkpoint.sharded.publication import is_folder_to_replace
 from fabric_core.errors import (
     CheckpointError,
     FabricError,
@@ -37,7 +38,7 @@ class TorchCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to the file or object ``path``. What was there before stays until all is written.
 
-        A local sharded checkpoint is replaced, too.
+        The local folder of a checkpoint, sharded or of a plugin's layout, is replaced, too.
 
         Raises:
             InvalidTypeError: ``storage_options`` were given; there are none.
@@ -56,7 +57,7 @@ class TorchCheckpointIO(CheckpointIO):
                 "more. Save under another name, such as .ckpt; the weights can be had from it: "
                 "fabric checkpoint convert x.ckpt x.safetensors --key model"
             )
-        if _is_sharded_folder(path):
+        if is_folder_to_replace(path):
             from fabric_core.checkpoint.sharded.draft import replace_by_file
 
             replace_by_file(path, lambda draft: _write(checkpoint, draft))
@@ -123,14 +124,6 @@ class TorchCheckpointIO(CheckpointIO):
         else:
             with suppress(FileNotFoundError):
                 os.unlink(local)
-
-
-def _is_sharded_folder(path: Path) -> bool:
-    if is_remote(path) or not os.path.isdir(resolve(path)):
-        return False
-    from fabric_core.checkpoint.sharded.layout import is_sharded
-
-    return is_sharded(path)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

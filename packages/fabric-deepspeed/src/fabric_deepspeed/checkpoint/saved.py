@@ -79,6 +79,14 @@ class SavedEngine:
         return result
 
     @property
+    def written_by(self) -> str | None:
+        """DeepSpeed's release, and whether Fabric used it."""
+        release = self._first.get("ds_version")
+        if not isinstance(release, str):
+            return None
+        return f"DeepSpeed {release}, by Fabric" if self._entry else f"DeepSpeed {release}"
+
+    @property
     def counters(self) -> dict[str, int]:
         """How far the engine had come."""
         return {name: int(self._first[name]) for name in COUNTERS if name in self._first}

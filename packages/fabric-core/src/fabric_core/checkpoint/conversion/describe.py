@@ -173,7 +173,8 @@ def _foreign(path: Path, folder: ForeignFolder) -> Description:
     def outlined(leaf: Any) -> Any:
         return _outline(leaf, id(leaf)) if isinstance(leaf, StreamedTensor | Tensor) else leaf
 
-    return _described(path, folder.format, None, None, replaced(folder.read(True), outlined))
+    content, origin = replaced(folder.read(True), outlined), folder.origin
+    return _described(path, folder.format, origin.written_by, origin.world_size, content)
 
 
 def _described(path: Path, format: str, writer: str | None, world_size: int | None, tree: Any) -> Description:

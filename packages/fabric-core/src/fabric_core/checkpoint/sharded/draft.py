@@ -17,9 +17,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast
 
 from fabric_core.checkpoint.durable import folder_to_disk, lock, new_name, to_disk
+from fabric_core.checkpoint.foreign import layout_of
 from fabric_core.checkpoint.paths import is_http, is_remote, resolve
-from fabric_core.checkpoint.sharded.layout import EXTRAS, SHARDED, FolderLayout, is_part
-from fabric_core.checkpoint.sharded.publication import finish, put_in_place, recover, remove, remove_abandoned
+from fabric_core.checkpoint.sharded.layout import EXTRAS, SHARDED, FolderLayout
+from fabric_core.checkpoint.sharded.publication import (
+    finish,
+    holds_checkpoint,
+    put_in_place,
+    recover,
+    remove,
+    remove_abandoned,
+)
 from fabric_core.checkpoint.sharded.summed import SummedFile
 from fabric_core.errors import CheckpointError, UnsupportedError
 
@@ -88,10 +96,10 @@ def join_draft(address: tuple[str, str]) -> Draft:
 
 
 def replace_by_file(path: Path, write: Callable[[str], None]) -> None:
-    """Put a single file in the place of the local sharded checkpoint ``path``, which stays until the file is there.
+    """Put a single file in the place of the local folder of a checkpoint, which stays until the file is there.
 
     Args:
-        path: the folder of the checkpoint. One process calls this.
+        path: the folder, of core's layout or a plugin's. One process calls this.
         write: writes the file to the path that it is called with, and returns when its bytes are on disk.
 
     Raises:
@@ -215,7 +223,7 @@ def _refuse(target: str, layout: FolderLayout) -> None:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         return
-    if stat.S_ISDIR(mode) and not layout.is_in(target) and os.listdir(target):
+    if stat.S_ISDIR(mode) and os.listdir(target) and not holds_checkpoint(target, layout):
         raise IsADirectoryError(
             errno.EISDIR,
             "The folder holds other things than a checkpoint, and would be replaced. Choose another name, or empty it",
@@ -229,12 +237,13 @@ def _refuse(target: str, layout: FolderLayout) -> None:
 
 def _refuse_others(target: str) -> None:
     """``IsADirectoryError`` if the folder holds what is no part of a checkpoint: a file can take none of it over."""
-    others = sorted(name for name in os.listdir(target) if not is_part(name))
+    layout = layout_of(target) or SHARDED
+    others = sorted(name for name in os.listdir(target) if not layout.is_part(name))
     if others:
         shown = ", ".join(map(repr, others[:_SHOWN])) + (f" and {len(others) - _SHOWN} more" if others[_SHOWN:] else "")
         raise IsADirectoryError(
             errno.EISDIR,
-            f"The folder of the sharded checkpoint also holds {shown}, and one file would replace all of it. Choose "
+            f"The folder of the checkpoint also holds {shown}, and one file would replace all of it. Choose "
             "another name, or move them",
             target,
         )

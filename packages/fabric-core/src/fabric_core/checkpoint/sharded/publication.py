@@ -1,5 +1,8 @@
 """How a finished draft becomes what is at a path, and how what an interrupted save has left is put right.
 
+What is at the path may be a checkpoint of another layout, a plugin's for instance: its parts go, as those of the same
+layout do.
+
 Publication is one step: a rename where nothing was, an exchange of the two where something was. What was there then has
 the draft's name, and is removed. Where the system cannot exchange, the old one is renamed to
 ``.NAME.UNIQUE.previous`` first. Between that rename and the next one, readers find nothing at the target and take the
@@ -12,22 +15,42 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from fabric_core.checkpoint.durable import DRAFT_SUFFIX, folder_to_disk, lock_at_once, new_name
+from fabric_core.checkpoint.foreign import layout_of
+from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.sharded.exchange import exchange
 from fabric_core.checkpoint.sharded.layout import PREVIOUS_SUFFIX, SHARDED, FolderLayout, moved_aside, siblings
+
+if TYPE_CHECKING:
+    from fabric_core.types import Path
 
 
 def recover(target: str, layout: FolderLayout = SHARDED) -> None:
     """Put back what an interrupted replacement has moved aside, if nothing is at the target; else remove it."""
     aside = moved_aside(target)
-    usable = [path for path in aside if not os.path.isdir(path) or layout.is_in(path)]  # others are half removed
+    usable = [path for path in aside if not os.path.isdir(path) or holds_checkpoint(path, layout)]  # not half removed
     if usable and not os.path.lexists(target):
         os.rename(usable[0], target)
         aside.remove(usable[0])
     if os.path.lexists(target):
         for path in aside:
             remove(path, target, layout)
+
+
+def holds_checkpoint(folder: str, layout: FolderLayout = SHARDED) -> bool:
+    """Whether the local folder holds a checkpoint, of this layout or any other that is known."""
+    return layout.is_in(folder) or layout_of(folder) is not None
+
+
+def is_folder_to_replace(path: Path) -> bool:
+    """Whether the local folder of a checkpoint is at ``path``, put back there if its replacement was interrupted."""
+    if is_remote(path):
+        return False
+    target = os.path.realpath(resolve(path))
+    recover(target)
+    return os.path.isdir(target) and holds_checkpoint(target)
 
 
 def put_in_place(draft: str, target: str) -> str | None:
@@ -96,10 +119,12 @@ def remove(path: str, target: str, layout: FolderLayout = SHARDED) -> None:
     if not os.path.isdir(path) or os.path.islink(path):
         _delete(path)
         return
-    _delete(os.path.join(path, layout.marker))  # first: what is removed in part must not be taken for a checkpoint
+    layouts = {layout, SHARDED, layout_of(path) or layout}
+    for one in layouts:  # markers first: what is removed in part must not be taken for a checkpoint
+        _delete(os.path.join(path, one.marker))
     with suppress(OSError):
         for name in os.listdir(path):
-            if layout.is_part(name) or os.path.lexists(os.path.join(target, name)):
+            if any(one.is_part(name) for one in layouts) or os.path.lexists(os.path.join(target, name)):
                 _delete(os.path.join(path, name))
             else:
                 with suppress(OSError):

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fabric_core.checkpoint.agreement import together
-from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.portable import clean_name, portable_optimizer_state
 from fabric_core.checkpoint.restore import Access
 from fabric_core.checkpoint.sharded.boxes import is_dtensor
 from fabric_core.checkpoint.sharded.draft import replace_by_file
-from fabric_core.checkpoint.sharded.layout import is_sharded
-from fabric_core.checkpoint.sharded.publication import recover
+from fabric_core.checkpoint.sharded.publication import is_folder_to_replace
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.state import collect_state
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
@@ -220,14 +218,12 @@ def _as_async(io: CheckpointIO) -> AsyncCheckpointIO | None:
 
 
 def _write_full(io: CheckpointIO, path: Path, content: Mapping[str, Any], storage_options: Any) -> None:
-    """Write one file, also in the place of a sharded checkpoint, which stays until the file is there."""
+    """Write one file, also in the place of a folder, which stays until the file is there."""
 
     def write(to: Path) -> None:
         write_checkpoint(io, to, dict(content), storage_options)
 
-    if not is_remote(path):
-        recover(os.path.realpath(resolve(path)))
-        if is_sharded(path):
-            replace_by_file(path, write)
-            return
-    write(path)
+    if is_folder_to_replace(path):
+        replace_by_file(path, write)
+    else:
+        write(path)
