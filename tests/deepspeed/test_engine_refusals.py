@@ -51,6 +51,26 @@ def test_no_group_can_be_added_after_set_up(stage, workers, tmp_path):
         assert (saved, groups, marked) == ("nothing was raised", 1, False)
 
 
+def group_appended(stage):
+    fabric = launched(stage)
+    module = network()
+    model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": list(nn.Linear(2, 2).parameters())})
+    before = {name: value.clone() for name, value in fabric.strategy.get_module_state_dict(model).items()}
+    fabric.backward(model(batches(1)[0][0]).mean())
+    stepped = message(optimizer.step)
+    after = fabric.strategy.get_module_state_dict(model)
+    fabric.teardown()
+    return stepped, all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_nor_appended_to_the_list(stage, workers):
+    for stepped, same in workers(2).run(group_appended, stage):
+        assert stepped.startswith("UsageError: optimizer.param_groups was changed after fabric.setup(...)")
+        assert same
+
+
 def test_with_whole_states_a_group_of_others_is_not_saved(workers, tmp_path):
     for added, saved, groups, _ in workers(2).run(group_added, 0, tmp_path):
         assert (added, groups) == ("nothing was raised", 2)

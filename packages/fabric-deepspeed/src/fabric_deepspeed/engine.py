@@ -85,10 +85,15 @@ def _check_owner(module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _refuse_group(param_group: Any) -> None:
-    raise UsageError(
-        "optimizer.add_param_group(...) after fabric.setup(...): DeepSpeed has laid out the weights that it steps, and "
-        "would not train another group. Give the optimizer all its groups before fabric.setup(model, optimizer); those "
-        'that are to begin later can have "lr": 0.0 until then.'
+    raise added_group("optimizer.add_param_group(...)")
+
+
+def added_group(how: str) -> UsageError:
+    """The error where a group of parameters came ``how`` to an optimizer whose weights DeepSpeed has laid out."""
+    return UsageError(
+        f"{how} after fabric.setup(...): DeepSpeed has laid out the weights that it steps, and would not train another "
+        "group. Give the optimizer all its groups before fabric.setup(model, optimizer); those that are to begin later "
+        'can have "lr": 0.0 until then.'
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from fabric_core.errors import InvalidArgumentError, UnsupportedError, UsageError
-from fabric_deepspeed.engine import Engine
+from fabric_deepspeed.engine import Engine, added_group
 from fabric_deepspeed.split_gradients import clear_offloaded, clear_parts, forget_arrivals
 
 _ACCUMULATE: Final = (
@@ -47,6 +47,8 @@ class Gradients:
         self.waiting = False
         self.held_back = False
         self.undo_clipping: Callable[[], None] | None = None
+        laid_out = engine.optimizer is not engine.basic_optimizer
+        self._groups = len(engine.basic_optimizer.param_groups) if laid_out else None
 
     def hold_back(self, held_back: bool) -> None:
         """Whether backward passes only accumulate from now on, or exchange where the engine counts the boundary."""
@@ -89,6 +91,8 @@ class Gradients:
                 "outside of it, or pass enabled=False for the last backward pass of each step."
             )
         engine = self.engine
+        if self._groups is not None and len(engine.basic_optimizer.param_groups) != self._groups:
+            raise added_group("optimizer.param_groups was changed")
         last = engine.is_gradient_accumulation_boundary()
         if last:
             self.complete("optimizer.step()")
