@@ -303,6 +303,41 @@ def test_a_sharded_checkpoint_comes_back_bit_by_bit(mode, tmp_path):
     assert equal(loaded.state_dict(), saved.state_dict())
 
 
+class Adapted(nn.Module):
+    """A quantised layer that somebody has given more state."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.fc = plain(seed)[0]
+        self.out = nn.Linear(32, 4)
+
+    def extend(self):
+        self.fc.scale = nn.Parameter(torch.randn(3))
+        self.fc.register_buffer("seen", torch.randn(2))
+        self.fc.register_buffer("scratch", torch.randn(2), persistent=False)
+        self.fc.adapter = nn.Linear(2, 2)
+        return self
+
+
+@pytest.mark.parametrize("mode", [*KINDS, "int8-training"])
+def test_what_else_a_layer_holds_is_no_problem(mode, tmp_path):
+    fabric = fabric_of(mode)
+    saved, loaded = (fabric.setup(Adapted(seed)) for seed in (1, 2))
+    saved.module.extend(), loaded.module.extend()
+    fabric.save(tmp_path / "ck", {"model": saved})
+    fabric.load(tmp_path / "ck", {"model": loaded})
+    assert equal(loaded.state_dict(), saved.state_dict())
+
+
+def test_names_are_told_as_they_are(tmp_path):
+    fabric_of("int8").save(tmp_path / "ck", {"model": fabric_of("int8").setup(Adapted(1))})
+    fabric = fabric_of("nf4")
+    with pytest.raises(
+        CheckpointError, match=r"loaded\. fc\.weight is quantised .* dict in floating point\. out\.weight"
+    ):
+        fabric.load(tmp_path / "ck", {"model": fabric.setup(Adapted(2))})
+
+
 @FROZEN
 def test_what_a_hook_renames_is_not_judged_beforehand(mode, tmp_path):
     fabric = fabric_of(mode)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fabric_core import Fabric
-from fabric_core.errors import CheckpointError, CheckpointKeyError
+from fabric_core.errors import CheckpointError, CheckpointKeyError, InvalidTypeError
 
 
 class Weight(nn.Parameter):
@@ -116,6 +116,13 @@ def test_loading_code_can_refuse_before_anything_is_written(fabric, tmp_path):
     with pytest.raises(CheckpointError, match=r"Sequential\. Nothing was loaded\. 0\.weight is not there\.$"):
         fabric.load(tmp_path / "x.ckpt", {"model": model})
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_answer_that_is_no_list_is_a_mistake(fabric, tmp_path, monkeypatch):
+    monkeypatch.setattr(Careful, "state_dict_problems", lambda *_: "no")
+    fabric.save(tmp_path / "x.ckpt", {"model": {"0.weight": values(1)}})
+    with pytest.raises(InvalidTypeError, match=r"Careful\.state_dict_problems\(\) answered 'no'"):
+        fabric.load(tmp_path / "x.ckpt", {"model": nn.Sequential(Careful(values(2)))})
 
 
 def test_it_is_told_if_names_may_differ(fabric, tmp_path):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fabric_core import Fabric
+from fabric_core.checkpoint.durable import lock
 from fabric_core.checkpoint.folder_commit import commit_folder
-from fabric_core.checkpoint.sharded import ranks_of, write_sharded
+from fabric_core.checkpoint.sharded import publication, ranks_of, write_sharded
 from fabric_core.registry import get_registry
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -100,13 +101,79 @@ def test_what_an_interrupted_replacement_moved_aside_goes_too(
     assert names is None or sorted(os.listdir(tmp_path / "ck")) == names
 
 
-def test_drafts_of_another_layout_that_nobody_works_on_are_removed(tmp_path: Path) -> None:
-    noted(tmp_path / LEFT)
+def a_draft(folder: Path, *names: str) -> None:
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize("save", [save_file, save_sharded, save_notes])
+@pytest.mark.parametrize("names", [(LIST, "0.bin"), ("0.bin",), ("manifest.json", "__0_0.distcp"), (".metadata",), ()])
+def test_drafts_of_any_layout_that_nobody_works_on_are_removed(
+    save: object, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    a_draft(tmp_path / LEFT, *names)
+    save(tmp_path / "ck")  # type: ignore[operator]
+    assert os.listdir(tmp_path) == ["ck"]
+    if save is not save_file:
+        assert sorted(os.listdir(tmp_path / "ck")) == (SHARDED if save is save_sharded else NOTES)
+
+
+@pytest.mark.parametrize("save", [save_file, save_sharded, save_notes])
+@pytest.mark.parametrize("held", [LIST, "manifest.json"])
+def test_drafts_of_any_layout_that_somebody_works_on_stay(save: object, held: str, tmp_path: Path) -> None:
+    a_draft(tmp_path / LEFT, held, "0.bin", "__0_0.distcp")
+    with open(tmp_path / LEFT / held, "r+b") as file:
+        lock(file.fileno(), shared=True)
+        save(tmp_path / "ck")  # type: ignore[operator]
+    assert len(os.listdir(tmp_path / LEFT)) == 3
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_files_of_others_move_before_anything_is_removed(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nobody needs to know which files are whose when the marker is gone."""
+    if not exchanges:
+        monkeypatch.setattr(publication, "exchange", lambda first, second: False)
+    (noted(tmp_path / "ck") / "mine.txt").write_text("mine")
+
+    def die(path: str) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(publication, "discard", die)
+        with pytest.raises(SystemExit):
+            save_sharded(tmp_path / "ck")
+    assert (tmp_path / "ck" / "mine.txt").read_text() == "mine"
     save_sharded(tmp_path / "ck")
-    assert sorted(os.listdir(tmp_path / "ck")) == SHARDED
-    (tmp_path / LEFT).mkdir()
-    for name in ("manifest.json", "__0_0.distcp"):
-        (tmp_path / LEFT / name).touch()
+    assert sorted(os.listdir(tmp_path / "ck")) == sorted([*SHARDED, "mine.txt"])
+    assert os.listdir(tmp_path) == ["ck"]
+
+
+@pytest.mark.parametrize(
+    ("before", "save", "name"), [(noted, save_sharded, "meta.pt"), (save_sharded, save_notes, "9.bin")]
+)
+def test_files_with_the_names_of_new_parts_keep_the_checkpoint_out(
+    before: object, save: object, name: str, tmp_path: Path
+) -> None:
+    before(tmp_path / "ck")  # type: ignore[operator]
+    (tmp_path / "ck" / name).write_text("mine")
+    with pytest.raises(
+        IsADirectoryError, match=f"also holds '{name}', and the new checkpoint has files of these names"
+    ):
+        save(tmp_path / "ck")  # type: ignore[operator]
+    assert (tmp_path / "ck" / name).read_text() == "mine"
+
+
+def test_files_with_the_names_of_another_layouts_parts_stay(tmp_path: Path) -> None:
+    (noted(tmp_path / "ck") / "meta.pt").write_text("mine")
     save_notes(tmp_path / "ck")
-    assert sorted(os.listdir(tmp_path / "ck")) == NOTES
+    assert (tmp_path / "ck" / "meta.pt").read_text() == "mine"
+
+
+def test_a_file_that_was_moved_aside_is_read(tmp_path: Path) -> None:
+    save_file(tmp_path / ASIDE)
+    assert Fabric(accelerator="cpu", devices=1).load(tmp_path / "ck")["w"].sum() == 2
+    save_sharded(tmp_path / "ck")
     assert os.listdir(tmp_path) == ["ck"]

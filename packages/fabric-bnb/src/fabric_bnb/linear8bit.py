@@ -215,7 +215,7 @@ class TrainableLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         if may_rename(self):
             return []
         problem = quantized_problem(state_dict, prefix)
-        return [problem] if problem else list(problems_of_plain(self._parameters, state_dict, prefix, strict))
+        return [problem] if problem else list(problems_of_plain(self, state_dict, prefix, strict))
 
     def extra_repr(self) -> str:
         """Sizes and mode."""

@@ -136,37 +136,45 @@ def problems_of_quantized(
     problem = None if found.weight is None else _problem(layer, found)
     if problem is not None:
         yield f"{prefix}weight {problem}"
-    plain = {"weight": None, "bias": layer.bias}
-    yield from problems_of_plain(plain, state_dict, prefix, strict, found.keys)
+    if strict and found.weight is None:
+        yield f"{prefix}weight is missing in the state dict"
+    yield from problems_of_plain(layer, state_dict, prefix, strict, found.keys)
 
 
 def problems_of_plain(
-    own: Mapping[str, Tensor | None],
+    layer: nn.Module,
     state_dict: Mapping[str, Any],
     prefix: str,
     strict: bool,
     known: frozenset[str] = frozenset(),
 ) -> Iterator[str]:
-    """The same for entries that are taken as they are.
+    """The same for parameters and buffers that are taken as they are.
 
     Args:
-        own: what the layer has by name; ``None`` for what may have any shape, or is none.
+        layer: the layer. Modules inside it have keys of their own, and nothing is said of them.
         state_dict: what is to be loaded.
         prefix: what the layer's keys begin with.
         strict: nothing may be missing or unknown.
-        known: keys beside these.
+        known: keys that are taken in another way.
     """
-    wanted = [name for name, value in own.items() if value is not None or prefix + name in known]
-    for name in wanted:
-        value, live = state_dict.get(prefix + name), own[name]
+    own: dict[str, Tensor] = dict(layer.named_parameters(prefix[:-1], recurse=False, remove_duplicate=False))
+    buffers = layer.named_buffers(prefix[:-1], recurse=False, remove_duplicate=False)
+    own |= {key: value for key, value in buffers if key[len(prefix) :] not in layer._non_persistent_buffers_set}
+    for key, live in own.items():
+        value = state_dict.get(key)
+        if key in known:
+            continue
         if value is None and strict:
-            yield f"{prefix}{name} is missing in the state dict"
-        elif isinstance(value, Tensor) and live is not None and value.shape != live.shape:
-            yield f"{prefix}{name} is {tuple(value.shape)} in the state dict and {tuple(live.shape)} in the layer"
+            yield f"{key} is missing in the state dict"
+        elif isinstance(value, Tensor) and value.shape != live.shape:
+            yield f"{key} is {tuple(value.shape)} in the state dict and {tuple(live.shape)} in the layer"
     if strict:
-        expected = {*known, *(prefix + name for name in wanted)}
+        inside = tuple(f"{prefix}{name}." for name, _ in layer.named_children())
+        expected = {*known, *own, f"{prefix}_extra_state"}
         yield from (
-            f"{key} is unknown to the layer" for key in state_dict if key.startswith(prefix) and key not in expected
+            f"{key} is unknown to the layer"
+            for key in state_dict
+            if key.startswith(prefix) and key not in expected and not key.startswith(inside)
         )
 
 

@@ -17,16 +17,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, BinaryIO
 
 from fabric_core.checkpoint.durable import (
-    DRAFT_SUFFIX,
-    draft_prefix,
     folder_to_disk,
     lock,
-    lock_at_once,
     new_name,
     to_disk,
 )
 from fabric_core.checkpoint.paths import is_remote, resolve
-from fabric_core.checkpoint.sharded.publication import recover
+from fabric_core.checkpoint.sharded.publication import recover, remove_abandoned
 
 if TYPE_CHECKING:
     from fabric_core.types import Path
@@ -64,7 +61,7 @@ def publish(path: Path, *, anonymous: bool = True) -> Iterator[BinaryIO]:
             yield file
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    _remove_abandoned(target)
+    remove_abandoned(target)
     draft = _open_nameless(target) if anonymous else None
     if draft is None:
         draft = _open_named(target)
@@ -134,27 +131,6 @@ def _open_named(target: str) -> _Draft:
         if os.fstat(fd).st_nlink:
             return _Draft(os.fdopen(fd, "wb"), target, name)
         os.close(fd)  # another process took it for abandoned before the lock was held
-
-
-def _remove_abandoned(target: str) -> None:
-    """Remove drafts of the same target whose writer is dead."""
-    folder, start = os.path.dirname(target), draft_prefix(target)
-    for name in os.listdir(folder):
-        if name.startswith(start) and name.endswith(DRAFT_SUFFIX):
-            with suppress(OSError):  # alive, or already gone, or not ours
-                _remove_if_unlocked(os.path.join(folder, name))
-
-
-def _remove_if_unlocked(name: str) -> None:
-    if sys.platform == "win32":
-        os.unlink(name)  # fails by itself while another process has it open
-        return
-    fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        lock_at_once(fd)
-        os.unlink(name)
-    finally:
-        os.close(fd)
 
 
 def _refuse_protected(target: str, mode: int) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def commit_folder(path: Path, write: Callable[[str], None], content: bytes, layout: FolderLayout, ranks: Ranks) -> None:
     """Let every rank write its files into one folder, then make that folder ``path``, all at once and durably.
 
-    A checkpoint of the same layout is replaced; what else lies in its folder moves to the new one.
+    A checkpoint there, of any layout that is known, is replaced; what else lies in its folder moves to the new one.
 
     Args:
         path: a local folder that all ranks see; rank 0's counts.
@@ -46,7 +46,7 @@ def commit_folder(path: Path, write: Callable[[str], None], content: bytes, layo
 
     Raises:
         UnsupportedError: ``path`` is a URL of a store, which has no rename.
-        IsADirectoryError: a folder is there that holds other things than such a checkpoint.
+        IsADirectoryError: a folder is there that holds no checkpoint, or also things with the names of new files.
         Exception: what ``write`` raised, on that rank; on the others as ``together`` says. What was at ``path`` before
             is still there.
     """

@@ -12,7 +12,7 @@ from fabric_core.checkpoint.folder import FolderCheckpoint, open_folder
 from fabric_core.checkpoint.foreign import ForeignCheckpoint, find_foreign, find_foreign_around, open_foreign
 from fabric_core.checkpoint.lazy import MappedCheckpoint, OpenCheckpoint
 from fabric_core.checkpoint.paths import is_remote, resolve
-from fabric_core.checkpoint.sharded.layout import find_folder, is_sharded
+from fabric_core.checkpoint.sharded.layout import file_aside, find_folder, is_sharded
 from fabric_core.errors import CheckpointError, UsageError
 from fabric_core.keywords import accepted
 
@@ -67,7 +67,7 @@ def opened(
 def _is_visible(path: Path) -> bool:
     if is_remote(path) or os.path.exists(resolve(path)):
         return True
-    return find_folder(path) is not None or find_foreign(path) is not None
+    return find_folder(path) is not None or file_aside(path) is not None or find_foreign(path) is not None
 
 
 def _open(io: CheckpointIO, path: Path, weights_only: bool | None) -> AbstractContextManager[OpenCheckpoint]:
@@ -76,7 +76,7 @@ def _open(io: CheckpointIO, path: Path, weights_only: bool | None) -> AbstractCo
     foreign = find_foreign(path)
     if foreign is not None:
         return open_foreign(foreign, weights_only)
-    return open_file(io, path, weights_only)
+    return open_file(io, path if is_remote(path) else file_aside(path) or path, weights_only)
 
 
 def _is_folder(path: Path) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fabric_core.checkpoint.dtensors import empty_like, local_of
 from fabric_core.checkpoint.lazy import OpenCheckpoint, is_plain_tensor, span
-from fabric_core.checkpoint.portable import clean_keys, clean_name, inside_wrapper
+from fabric_core.checkpoint.portable import clean_keys
+from fabric_core.checkpoint.self_loading import loads_itself, own_problems, self_loading
 from fabric_core.checkpoint.sharded.boxes import is_dtensor
 from fabric_core.checkpoint.tree import leaves, replaced
 from fabric_core.errors import CheckpointError, CheckpointKeyError
@@ -83,9 +84,8 @@ def plan_module(
         raise CheckpointError(f"{name} is a {type(saved).__name__} in the checkpoint, not the state of a module.")
     elsewhere = _memory_loaded_by_custom_code(module)
     # Custom code may rename and reshape: of what is below it, only that code can tell what fits.
-    custom = list(_custom_code(module))
-    below = tuple(prefix for prefix, _ in custom)
-    problems = list(_own_problems(custom, saved, strict))
+    below = tuple(prefix for prefix, _ in self_loading(module))
+    problems = own_problems(module, saved, strict) if below else []
     _check_fit(module, _without(saved, below), _without(live, below), problems, strict, name)
     plan = Plan(saved, implicit=bool(elsewhere) and any(map(is_dtensor, live.values())))
     for key, target in live.items():
@@ -131,26 +131,10 @@ def _memory_loaded_by_custom_code(module: nn.Module) -> set[int]:
     """Addresses of tensors that a module's own loading code or a hook sees: it is to find the old values there."""
     addresses: set[int] = set()
     for child in module.modules():
-        if _loads_itself(child):
+        if loads_itself(child):
             addresses.add(0)  # even a module without tensors may rename keys
             addresses.update(map(_address, chain(child.parameters(), child.buffers(), _further_state(child))))
     return addresses
-
-
-def _custom_code(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that load themselves, and what their keys begin with; of the whole module, everything does."""
-    for name, child in inside_wrapper(module).named_modules(remove_duplicate=False):
-        if _loads_itself(child):
-            cleaned = clean_name(name)
-            yield f"{cleaned}." if cleaned else "", child
-
-
-def _own_problems(custom: list[tuple[str, nn.Module]], saved: Mapping[str, Any], strict: bool) -> Iterator[str]:
-    """What modules that load themselves, and can say so beforehand, have against ``saved``."""
-    for number, (prefix, child) in enumerate(custom):
-        ask = getattr(child, "state_dict_problems", None)
-        if ask is not None and not any(prefix.startswith(above) for above, _ in custom[:number] if above != prefix):
-            yield from ask(saved, prefix, strict)  # those below other custom code may see other keys in the end
 
 
 def _further_state(module: nn.Module) -> list[Tensor]:
@@ -165,24 +149,6 @@ def _address(tensor: Tensor) -> int:
         return int(local_of(tensor).data_ptr())
     except RuntimeError:  # some classes of tensors have no memory of their own
         return 0
-
-
-def _loads_itself(module: nn.Module) -> bool:
-    if any(not _is_of_torch(hook) for hook in getattr(module, "_load_state_dict_pre_hooks", {}).values()):
-        return True
-    for method in ("load_state_dict", "_load_from_state_dict"):
-        if method in vars(module):
-            return True
-        own = getattr(type(module), method)
-        # The modules of torch.nn only add entries that old checkpoints lack.
-        if own is not getattr(nn.Module, method) and not own.__module__.startswith("torch.nn.modules."):
-            return True
-    return False
-
-
-def _is_of_torch(hook: Any) -> bool:
-    # Those of sharding and of activation checkpointing prepare the module, and put their prefix to names.
-    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.")
 
 
 def _check_fit(
@@ -203,7 +169,6 @@ def _check_fit(
     ]
     hollow = [key for key in saved if isinstance(live.get(key), Tensor) and live[key].is_meta]
     problems = [f"different shapes: {'; '.join(shapes)}"] if shapes else []
-    problems += [problem.rstrip(".") for problem in own]
     if hollow:
         problems.append(
             f"without memory to load into (on the meta device, set the module up first): {', '.join(hollow)}"
@@ -212,11 +177,10 @@ def _check_fit(
         problems.append(f"missing in the checkpoint: {', '.join(missing)}")
     if strict and unexpected:
         problems.append(f"unknown to the module: {', '.join(unexpected)}")
-    if not problems:
+    if not problems and not own:
         return
-    message = f"{name} does not fit {type(module).__name__}. Nothing was loaded. " + ". ".join(
-        problem if problem in own else problem[0].upper() + problem[1:] for problem in problems
-    )
+    sentences = [problem[0].upper() + problem[1:] for problem in problems] + own
+    message = f"{name} does not fit {type(module).__name__}. Nothing was loaded. " + ". ".join(sentences)
     if shapes or hollow or own:
         raise CheckpointError(message + ".")
     raise CheckpointKeyError(message + ". Pass strict=False to load what both have.")

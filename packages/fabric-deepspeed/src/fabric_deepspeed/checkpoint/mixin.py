@@ -18,6 +18,7 @@ from fabric_core.checkpoint.lazy import OpenCheckpoint
 from fabric_core.checkpoint.opening import opened
 from fabric_core.checkpoint.paths import is_remote, resolve
 from fabric_core.checkpoint.portable import clean_keys
+from fabric_core.checkpoint.sharded.layout import is_sharded
 from fabric_core.checkpoint.sharded.ranks import ranks_of
 from fabric_core.checkpoint.state import collect_state, validate_filter
 from fabric_core.checkpoint.torch_io import TorchCheckpointIO
@@ -265,6 +266,8 @@ def _outline(value: Any) -> Any:
 
 def _is_of_deepspeed(path: Path) -> bool:
     """Whether it is one of DeepSpeed's checkpoints, or what people pass in its place."""
+    if is_sharded(path):
+        return False  # it may have tags of DeepSpeed's beside it
     local = resolve(path)
     folder = find_folder(path, LAYOUT)
     return mistaken_file(local) is not None or (folder is not None and claims(folder))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_core.checkpoint.portable import clean_name
+from fabric_core.checkpoint.self_loading import own_problems
 from fabric_core.errors import CheckpointError, CheckpointKeyError
 from fabric_deepspeed.checkpoint.live import (
     FlatOptimizer,
@@ -76,8 +77,10 @@ def check_weights(engine: Engine, saved: Mapping[str, Any], strict: bool, option
         if isinstance(value, Tensor) and isinstance(live.get(key), Tensor) and value.shape != shape_of(live[key])
     ]
     kind = type(engine.module).__name__
-    if shapes:
-        raise CheckpointError(f"{name} does not fit {kind}. Nothing was loaded. Different shapes: {'; '.join(shapes)}.")
+    told = [f"Different shapes: {'; '.join(shapes)}"] if shapes else []
+    told += own_problems(engine.module, saved, strict)
+    if told:
+        raise CheckpointError(f"{name} does not fit {kind}. Nothing was loaded. {'. '.join(told)}.")
     # Batch norms of old torch versions did not count batches; loading fills that in.
     may_miss = {*optional, *(key for key in live if key.endswith("num_batches_tracked"))}
     missing = [key for key in live if key not in saved and key not in may_miss]

@@ -17,15 +17,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast
 
 from fabric_core.checkpoint.durable import folder_to_disk, lock, new_name, to_disk
-from fabric_core.checkpoint.foreign import layout_of
 from fabric_core.checkpoint.paths import is_http, is_remote, resolve
 from fabric_core.checkpoint.sharded.layout import EXTRAS, SHARDED, FolderLayout
 from fabric_core.checkpoint.sharded.publication import (
+    discard,
     finish,
-    holds_checkpoint,
+    layout_in,
     put_in_place,
     recover,
-    remove,
     remove_abandoned,
 )
 from fabric_core.checkpoint.sharded.summed import SummedFile
@@ -183,7 +182,9 @@ class LocalDraft:
         folder_to_disk(self.folder)
         if sys.platform == "win32":
             self._held.close()  # a folder with open files cannot be renamed there
-        self._become(self.folder)
+        old = put_in_place(self.folder, self._target)
+        self._published = True
+        finish(self._target, old, self._layout)
 
     def place_for_file(self) -> str:
         """Where to write the single file that ``publish_file`` makes the checkpoint. Nobody else calls the draft then.
@@ -197,20 +198,21 @@ class LocalDraft:
     def publish_file(self) -> None:
         """Make the single file the checkpoint, in the place of a folder that holds nothing else than one."""
         _refuse_others(self._target)  # again: somebody may have put a file there meanwhile
-        self._become(self.place_for_file())
-        self._held.close()
-        remove(self.folder, self._target, self._layout)
-
-    def _become(self, finished: str) -> None:
-        old = put_in_place(finished, self._target)
+        place = self.place_for_file()
+        old = put_in_place(place, self._target)
+        if old == place:  # the folder is in the draft now; beside it, it is known for what it was
+            old = new_name(self._target)
+            os.rename(place, old)
         self._published = True
         finish(self._target, old, self._layout)
+        self._held.close()
+        discard(self.folder)
 
     def discard(self) -> None:
         """Remove the draft, unless it was published."""
         if not self._published:
             self._held.close()
-            remove(self.folder, self._target, self._layout)
+            discard(self.folder)
 
     def close(self) -> None:
         """Let go of the draft."""
@@ -218,35 +220,48 @@ class LocalDraft:
 
 
 def _refuse(target: str, layout: FolderLayout) -> None:
-    """``OSError`` if what is at the target must not be replaced."""
+    """``OSError`` if what is at the target must not be replaced by a folder of this layout."""
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         return
-    if stat.S_ISDIR(mode) and os.listdir(target) and not holds_checkpoint(target, layout):
-        raise IsADirectoryError(
-            errno.EISDIR,
-            "The folder holds other things than a checkpoint, and would be replaced. Choose another name, or empty it",
-            target,
-        )
-    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+    if stat.S_ISDIR(mode):
+        _refuse_folder(target, layout)
+    elif not stat.S_ISREG(mode):
         raise FileExistsError(errno.EEXIST, "Neither a checkpoint nor a file, and cannot be replaced by one", target)
     if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, "The checkpoint to replace is write-protected", target)
 
 
-def _refuse_others(target: str) -> None:
-    """``IsADirectoryError`` if the folder holds what is no part of a checkpoint: a file can take none of it over."""
-    layout = layout_of(target) or SHARDED
-    others = sorted(name for name in os.listdir(target) if not layout.is_part(name))
-    if others:
-        shown = ", ".join(map(repr, others[:_SHOWN])) + (f" and {len(others) - _SHOWN} more" if others[_SHOWN:] else "")
+def _refuse_folder(target: str, layout: FolderLayout) -> None:
+    old, names = layout_in(target, layout), os.listdir(target)
+    if old is None and names:
         raise IsADirectoryError(
             errno.EISDIR,
-            f"The folder of the checkpoint also holds {shown}, and one file would replace all of it. Choose "
-            "another name, or move them",
+            "The folder holds other things than a checkpoint, and would be replaced. Choose another name, or empty it",
             target,
         )
+    clashing = [name for name in names if old is not None and not old.is_part(name) and layout.is_part(name)]
+    if clashing:
+        raise _also_holds(target, clashing, "the new checkpoint has files of these names")
+
+
+def _refuse_others(target: str) -> None:
+    """``IsADirectoryError`` if the folder holds what is no part of a checkpoint: a file can take none of it over."""
+    layout = layout_in(target) or SHARDED
+    others = [name for name in os.listdir(target) if not layout.is_part(name)]
+    if others:
+        raise _also_holds(target, others, "one file would replace all of it")
+
+
+def _also_holds(target: str, names: list[str], why: str) -> IsADirectoryError:
+    names = sorted(names)
+    shown = ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else "")
+    return IsADirectoryError(
+        errno.EISDIR,
+        f"The folder of the checkpoint also holds {shown}, and {why}. Choose another name, or move them",
+        target,
+    )
 
 
 def _hold(path: str, mode: str) -> BinaryIO:

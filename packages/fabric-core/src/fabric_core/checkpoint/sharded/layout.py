@@ -101,6 +101,12 @@ def find_folder(path: Path, layout: FolderLayout = SHARDED) -> str | None:
     return next(filter(layout.is_in, moved_aside(target)), None)
 
 
+def file_aside(path: Path) -> str | None:
+    """Where an interrupted replacement left the local file ``path``; ``None`` if something is there, or no file is."""
+    target = os.path.realpath(resolve(path))
+    return None if os.path.lexists(target) else next(filter(os.path.isfile, moved_aside(target)), None)
+
+
 def moved_aside(target: str) -> list[str]:
     """What once was at ``target`` and was moved aside for a successor; the one that was changed last comes first."""
     return sorted(siblings(target, PREVIOUS_SUFFIX), key=_changed, reverse=True)
