@@ -52,6 +52,23 @@ def adversaries(fabric):
     return modules
 
 
+def frozen_in_turns(fabric):
+    """The critic is frozen while the generator goes backward through it, so nothing need be cleared before."""
+    modules = small(1, OUTPUTS, INPUTS), small(2, INPUTS, 1)
+    (generator, first), (critic, second) = two(fabric, *modules)
+    for real, noise in data(fabric):
+        critic.requires_grad_(False)
+        fabric.backward((1 - critic(generator(noise))).square().mean(), model=generator)
+        first.step()
+        first.zero_grad()
+        critic.requires_grad_(True)
+        loss = critic(generator(noise).detach()).square().mean() + (1 - critic(real)).square().mean()
+        fabric.backward(loss, model=critic)
+        second.step()
+        second.zero_grad()
+    return modules
+
+
 def one_loss(fabric):
     """An encoder and a decoder with an optimizer each, and one backward for both."""
     modules = small(1, INPUTS, 5), small(2, 5, OUTPUTS)
@@ -106,7 +123,7 @@ def teacher(fabric):
     return model, student
 
 
-SCENES = [side_by_side, adversaries, one_loss, clipped, accumulated_in_turns, teacher]
+SCENES = [side_by_side, adversaries, frozen_in_turns, one_loss, clipped, accumulated_in_turns, teacher]
 
 
 def under_ddp_and(stage, scene):
@@ -142,6 +159,52 @@ def test_backward_asks_for_the_model_where_there_are_several(stage, workers):
     for text in workers(2).run(ambiguous, stage):
         assert text.startswith("InvalidArgumentError: ")
         assert "model=" in text
+
+
+def left_over(stage, options):
+    """The generator's backward leaves gradients in the critic, which then goes backward by itself."""
+    fabric = launched(stage, options)
+    (generator, first), (critic, second) = two(fabric, small(1, OUTPUTS, INPUTS), small(2, INPUTS, 1))
+    real, noise = data(fabric)[0]
+    fabric.backward((1 - critic(generator(noise))).square().mean(), model=generator)
+    first.step()
+    text = message(fabric.backward, critic(real).square().mean(), model=critic)
+    second.zero_grad()
+    fabric.backward(critic(real).square().mean(), model=critic)  # nothing was done before it failed
+    second.step()
+    fabric.teardown()
+    return text
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("offloads", [False, True])
+def test_gradients_of_another_models_backward_are_not_dropped_in_silence(stage, offloads, workers):
+    options = {"offload_optimizer": True} if offloads else None
+    for text in workers(2).run(left_over, stage, options):
+        assert text.startswith("UsageError: fabric.backward(): the backward pass through another model has left")
+        assert f"stage {stage} would drop them" in text
+
+
+def unfrozen(stage):
+    fabric = launched(stage)
+    module = network()
+    first = next(iter(module.parameters())).requires_grad_(False)
+    model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=0.01))
+    x, y = data(fabric)[0]
+    texts = []
+    for requires_grad in (False, True):
+        first.requires_grad_(requires_grad)
+        fabric.backward((model(x) - y).square().mean())
+        texts.append(message(optimizer.step))
+    fabric.teardown()
+    return texts
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_was_frozen_at_set_up_cannot_be_trained_later(stage, workers):
+    for frozen, later in workers(2).run(unfrozen, stage):
+        assert frozen == "nothing was raised"
+        assert later.startswith("UsageError: A parameter that was frozen at fabric.setup(model, optimizer)")
 
 
 def ended(stage):

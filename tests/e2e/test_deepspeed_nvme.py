@@ -23,7 +23,7 @@ pytestmark = [
 ]
 WEIGHTS = 1024 * 1024
 TRAIN = """
-    import argparse, json
+    import argparse, contextlib, json
     from pathlib import Path
     import torch
     from fabric_core import Fabric
@@ -36,19 +36,34 @@ TRAIN = """
     parser.add_argument("--steps", type=int, nargs=2, default=(0, 5))
     parser.add_argument("--save")
     parser.add_argument("--load")
-    parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--frozen", action="store_true", help="the second layer")
+    parser.add_argument("--in-turns", action="store_true", help="only every other step uses the second layer")
+    parser.add_argument("--late", action="store_true", help="the model is built before it is known where it goes")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 1024, 1024, 1])
+    parser.add_argument("--precision", default="bf16-true")
     args = parser.parse_args()
     on_disk = args.strategy == "nvme"
     strategy = stage_3_offload_nvme(nvme_path=args.nvme, max_in_cpu=args.max_in_cpu) if on_disk else args.strategy
-    fabric = Fabric(strategy=strategy, precision="bf16-true")
+    fabric = Fabric(strategy=strategy, precision=args.precision)
     fabric.launch()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = zip(args.sizes, args.sizes[1:])
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(before, after) for before, after in sizes])
+
+        def forward(self, x, step):
+            for number, layer in enumerate(self.layers):
+                if number != 1 or not args.in_turns or step % 2:
+                    x = layer(torch.tanh(x) if number else x)
+            return x
+
     torch.manual_seed(0)
-    with fabric.init_module():
-        wide = torch.nn.Linear(1024, 1024)  # small parameters stay in memory
-        other = torch.nn.Linear(1024, 1024).requires_grad_(False) if args.frozen else torch.nn.Identity()
-        model = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.Tanh(), wide, other, torch.nn.Linear(1024, 1))
+    with contextlib.nullcontext() if args.late else fabric.init_module():
+        model = Net()
+    model.layers[1].requires_grad_(not args.frozen)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = (torch.optim.AdamW if args.strategy == "ddp" else DeepSpeedCPUAdam)(trained, lr=1e-3)
     model, optimizer = fabric.setup(model, optimizer)
@@ -58,7 +73,7 @@ TRAIN = """
     losses = []
     for step in range(*args.steps):
         torch.manual_seed(step)
-        loss = (model(torch.randn(8, 64)) - 1).square().mean()
+        loss = (model(torch.randn(8, args.sizes[0]), step) - 1).square().mean()
         fabric.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -125,7 +140,33 @@ def test_what_never_stepped_goes_on_from_nothing(train: Callable[..., dict[str, 
     assert train("nvme", "--load", tmp_path / "ck")["losses"] == train("nvme")["losses"]
 
 
+ALL_IN_FILES = ("--max-in-cpu", "0")
+ODD = ("--sizes", "37", "1023", "1023", "1025", "701", "1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ODD,  # gradients begin anywhere
+        (*ODD, *ALL_IN_FILES),
+        (*ALL_IN_FILES, "--sizes", "64", "1024", "1024", "1024", "1"),  # a parameter is needed twice soon
+        (*ALL_IN_FILES, "--frozen"),
+        (*ODD, "--in-turns"),  # parameters without a gradient
+        ("--late", "--precision", "32-true"),
+    ],
+    ids=" ".join,
+)
+def test_files_are_as_good_as_memory(train: Callable[..., dict[str, Any]], options: tuple[str, ...]) -> None:
+    in_memory = [one for one in options if one not in ALL_IN_FILES]
+    offloaded, reference = train("nvme", *options), train("deepspeed_stage_3_offload", *in_memory)
+    assert offloaded["losses"] == reference["losses"]
+    assert offloaded["weights"] == reference["weights"]
+
+
 def test_frozen_parameters_in_files_are_saved(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    train("nvme", "--frozen", "--steps", 0, 1, "--save", tmp_path / "ck")  # DeepSpeed 0.19.8 does not come further
-    rest = train("deepspeed_stage_3_offload", "--frozen", "--steps", 1, 2, "--load", tmp_path / "ck")
-    assert rest["losses"] == train("deepspeed_stage_3_offload", "--frozen", "--steps", 0, 2)["losses"][1:]
+    options = (*ALL_IN_FILES, "--frozen")
+    first = train("nvme", *options, "--steps", 0, 3, "--save", tmp_path / "ck")
+    rest = train("deepspeed_stage_3_offload", "--frozen", "--steps", 3, 5, "--load", tmp_path / "ck")
+    again = train("nvme", *options, "--steps", 3, 5, "--load", tmp_path / "ck")
+    assert rest["losses"] == again["losses"]
+    assert first["losses"] + rest["losses"] == train("nvme", *options)["losses"]

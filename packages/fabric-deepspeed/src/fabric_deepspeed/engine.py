@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from fabric_core.errors import InvalidArgumentError, UsageError
 from fabric_core.wrappers.unwrap import unwrap
 from fabric_deepspeed.backend import silenced, without_notice_of_optimizer
+from fabric_deepspeed.initialising import split_in_float32
+from fabric_deepspeed.nvme import correct_nvme
 
 Engine: TypeAlias = Any
 """A ``deepspeed.DeepSpeedEngine``, which has no types."""
@@ -57,6 +59,7 @@ def build_engine(
         _check_owner(module, optimizer)
     _straighten(module)
     with silenced(), without_notice_of_optimizer():
+        split_in_float32(deepspeed, module, document)
         engine, made, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=document, dist_init_required=False
         )
@@ -66,6 +69,7 @@ def build_engine(
         optimizer.add_param_group = _refuse_group  # type: ignore[method-assign]
     if engine.zero_optimization_stage() == 3:
         _leave_inference_mode(engine)
+        correct_nvme(engine)
     for holder in (engine, module, optimizer, made):
         if holder is not None:
             _known[holder] = weakref.ref(engine)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import Tensor
 
 from fabric_core.errors import InvalidArgumentError, UnsupportedError, UsageError
+from fabric_deepspeed.arrivals import watch_epilogue
 from fabric_deepspeed.engine import Engine, added_group
 from fabric_deepspeed.split_gradients import clear_offloaded, clear_parts, forget_arrivals
 
@@ -30,12 +32,17 @@ class Gradients:
         pending: the last backward pass only accumulated; the exchange between processes is still to come.
         ready: gradients are exchanged and wait for the step.
         touched: a backward pass through another engine may have reached these parameters.
+        left: such a pass has left gradients here, at stages 1 and 2.
         waiting: the last step was none, because the engine accumulates over more backward passes.
         held_back: inside ``no_backward_sync``.
         undo_clipping: puts back what ``clip_gradients`` set for the next step.
+
+    Args:
+        engine: whose gradients they are.
+        frozen: parameters that the optimizer was given, and that were frozen when DeepSpeed laid out its weights.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, frozen: Sequence[Tensor] = ()) -> None:
         self.engine = engine
         self.stage = int(engine.zero_optimization_stage())
         self.managed = bool(getattr(engine, "managed_gradient_accumulation", lambda: True)())
@@ -44,11 +51,21 @@ class Gradients:
         self.pending = False
         self.ready = False
         self.touched = False
+        self.left = False
         self.waiting = False
         self.held_back = False
         self.undo_clipping: Callable[[], None] | None = None
         laid_out = engine.optimizer is not engine.basic_optimizer
         self._groups = len(engine.basic_optimizer.param_groups) if laid_out else None
+        self._frozen = list(frozen) if laid_out else []
+        self._driven = False
+        if self.stage in (1, 2):
+            watch_epilogue(engine.optimizer, weakref.WeakMethod(self._arrives))
+
+    def _arrives(self, anything: bool) -> bool:
+        """Told at the end of each backward pass whether it has reached parameters here; whether to take that up."""
+        self.left = self.left or (anything and not self._driven)
+        return anything or self._driven
 
     def hold_back(self, held_back: bool) -> None:
         """Whether backward passes only accumulate from now on, or exchange where the engine counts the boundary."""
@@ -71,13 +88,23 @@ class Gradients:
                 f"fabric.backward() was called again before optimizer.step(): ZeRO stage {self.stage} would drop the "
                 f"gradients of the call before. {_ACCUMULATE}"
             )
+        if self.left:
+            raise UsageError(
+                "fabric.backward(): the backward pass through another model has left gradients in this one, and ZeRO "
+                f"stage {self.stage} would drop them now. Call zero_grad() of this model's optimizer before, or "
+                "requires_grad_(False) of the model while the other one goes backward through it."
+            )
         if loss.numel() != 1 or loss.grad_fn is None:
             raise _no_loss(loss)
         engine = self.engine
         last = engine.is_gradient_accumulation_boundary()
         if self._scales_loss:
             loss = loss * engine.optimizer.loss_scale
-        engine.backward(loss, retain_graph=retain_graph)
+        self._driven = True
+        try:
+            engine.backward(loss, retain_graph=retain_graph)
+        finally:
+            self._driven = False
         _leave_backward(engine.optimizer)
         self.waiting = False
         if self.managed:
@@ -93,6 +120,12 @@ class Gradients:
         engine = self.engine
         if self._groups is not None and len(engine.basic_optimizer.param_groups) != self._groups:
             raise added_group("optimizer.param_groups was changed")
+        if any(parameter.requires_grad for parameter in self._frozen):
+            raise UsageError(
+                "A parameter that was frozen at fabric.setup(model, optimizer) has requires_grad=True now, and "
+                "DeepSpeed would not train it: it has laid out the weights that it steps. Leave it trainable at "
+                'set-up, in a group of its own whose "lr" is 0.0 until it begins.'
+            )
         last = engine.is_gradient_accumulation_boundary()
         if last:
             self.complete("optimizer.step()")
@@ -106,7 +139,7 @@ class Gradients:
                 self._forget()
 
     def _forget(self) -> None:
-        self.ready = self.pending = self.touched = False
+        self.ready = self.pending = self.touched = self.left = False
         if self.stage == 3:
             clear_parts(self.engine.optimizer)
         if self.undo_clipping is not None:
@@ -170,7 +203,7 @@ class Gradients:
     def _arrived(self) -> bool:
         """Whether a backward pass through another engine has left exchanged gradients here."""
         kept = getattr(self.engine.optimizer, "averaged_gradients", None) or {}
-        return any(part is not None for part in kept.values())
+        return self.left or any(part is not None for part in kept.values())
 
     @property
     def _offloaded(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ class LiveEngines:
         self._trained: list[Gradients] = []
         self._gradients: dict[Engine, Gradients] = {}
 
-    def add(self, engine: Engine, *, trains: bool) -> None:
-        """Remember an engine."""
+    def add(self, engine: Engine, *, trains: bool, frozen: Sequence[Tensor] = ()) -> None:
+        """Remember an engine; ``frozen`` as for ``Gradients``."""
         self._engines.append(weakref.ref(engine))
         if trains:
-            self._gradients[engine] = gradients = Gradients(engine)
+            self._gradients[engine] = gradients = Gradients(engine, frozen)
             self._trained.append(gradients)
 
     def __iter__(self) -> Iterator[Engine]:

@@ -263,8 +263,9 @@ class DeepSpeedStrategy(DeepSpeedCovers, ParallelStrategy):
             )
         optimizer = optimizers[0]
         advise_on_offload(self.config, optimizer)
+        frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
         engine = build_engine(self.deepspeed, module, optimizer, scheduler, self.config)
-        self._live.add(engine, trains=True)
+        self._live.add(engine, trains=True, frozen=frozen)
         return engine, [optimizer], scheduler
 
     def setup_module(self, module: nn.Module) -> nn.Module:

@@ -96,8 +96,8 @@ def _guard_backward(tensor: Tensor) -> None:
 def _check_backward(grad: Tensor) -> None:
     if not _backwards.count:
         raise UsageError(
-            "loss.backward() was called on the output of a module that Fabric set up, but this strategy or precision "
-            "has work to do in backward. Call fabric.backward(loss) instead."
+            "loss.backward() or torch.autograd.grad() went through the output of a module that Fabric set up, but this "
+            "strategy or precision has work to do in backward. Call fabric.backward(loss) instead."
         )
 
 
