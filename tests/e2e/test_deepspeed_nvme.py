@@ -40,7 +40,7 @@ TRAIN = """
     parser.add_argument("--in-turns", action="store_true", help="only every other step uses the second layer")
     parser.add_argument("--late", action="store_true", help="the model is built before it is known where it goes")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 1024, 1024, 1])
-    parser.add_argument("--precision", default="bf16-true")
+    parser.add_argument("--in", dest="precision", default="bf16-true")
     args = parser.parse_args()
     on_disk = args.strategy == "nvme"
     strategy = stage_3_offload_nvme(nvme_path=args.nvme, max_in_cpu=args.max_in_cpu) if on_disk else args.strategy
@@ -152,7 +152,7 @@ ODD = ("--sizes", "37", "1023", "1023", "1025", "701", "1")
         (*ALL_IN_FILES, "--sizes", "64", "1024", "1024", "1024", "1"),  # a parameter is needed twice soon
         (*ALL_IN_FILES, "--frozen"),
         (*ODD, "--in-turns"),  # parameters without a gradient
-        ("--late", "--precision", "32-true"),
+        ("--late", "--in", "32-true"),
     ],
     ids=" ".join,
 )
