@@ -53,6 +53,7 @@ def with_the_cpu_optimizer(stage):
     return apart(*results)
 
 
+@pytest.mark.slow  # it compiles a native part
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cpu_optimizer")
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -196,7 +196,16 @@ LEAVES_FIRST = """
 """
 
 
-@pytest.mark.parametrize("arguments", [["0"], ["1"], ["2"], ["2", "teardown"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["0"],
+        pytest.param(["1"], marks=pytest.mark.slow),
+        pytest.param(["2"], marks=pytest.mark.slow),
+        ["2", "teardown"],
+    ],
+    ids=" ".join,
+)
 def test_a_program_may_destroy_its_groups_before_the_save_is_done(arguments, tmp_path):
     """Whichever rank is the later one, or none."""
     script = tmp_path / "script.py"

@@ -12,7 +12,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks a
 
 
 @linux
-@pytest.mark.parametrize("kills", [6, pytest.param(90, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(90, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_the_old_or_the_new_one_is_there_and_survivors_end(kills, tmp_path):
     script = Path(__file__).with_name("kill_sharded_save.py")
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,11 @@ class Ended:
     err: str
 
 
+def _heed_ctrl_c() -> None:
+    """Whoever starts the tests in the background has them ignore it, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Programs:
     """Writes programs into one folder and runs them there."""
 
@@ -59,6 +65,7 @@ class Programs:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_ctrl_c,
         )
         self._running.append(process)
         return process

@@ -66,6 +66,9 @@ ENDS = {
 }
 
 
+slow = pytest.mark.slow  # the same as another one, by another way
+
+
 def saved(programs):
     return torch.load(programs.folder / "a.ckpt", weights_only=True)
 
@@ -112,7 +115,15 @@ def test_a_save_from_an_exit_function_is_written_at_once(programs):
 
 
 @pytest.mark.parametrize(
-    ("way", "end"), [*((way, "an exception") for way in LAUNCH), ("python", "its end"), ("ddp_fork", "its end")]
+    ("way", "end"),
+    [
+        ("fabric run", "an exception"),
+        ("ddp_fork", "an exception"),
+        ("python", "its end"),
+        pytest.param("python", "an exception", marks=slow),
+        pytest.param("ddp_spawn", "an exception", marks=slow),
+        pytest.param("ddp_fork", "its end", marks=slow),
+    ],
 )
 def test_a_job_ends_after_the_save_that_all_its_ranks_take_part_in(way, end, programs):
     statement, code, words = ENDS[end]
@@ -124,7 +135,15 @@ def test_a_job_ends_after_the_save_that_all_its_ranks_take_part_in(way, end, pro
     assert saved(programs).item() == 2
 
 
-@pytest.mark.parametrize(("way", "rank"), [("python", 0), ("python", 1), ("fabric run", 1), ("ddp_fork", 0)])
+@pytest.mark.parametrize(
+    ("way", "rank"),
+    [
+        ("python", 0),
+        ("fabric run", 1),
+        pytest.param("python", 1, marks=slow),
+        pytest.param("ddp_fork", 0, marks=slow),
+    ],
+)
 def test_a_job_ends_after_rank_zeros_save_whoever_fails(way, rank, programs):
     strategy, start, run = LAUNCH[way]
     body = (
@@ -139,7 +158,7 @@ def test_a_job_ends_after_rank_zeros_save_whoever_fails(way, rank, programs):
     assert saved(programs)["step"] == 3
 
 
-@pytest.mark.parametrize("way", ["python", "fabric run", "ddp_fork"])
+@pytest.mark.parametrize("way", [pytest.param("python", marks=slow), "fabric run", "ddp_fork"])
 def test_a_failure_at_the_end_of_a_job_is_the_jobs_failure(way, programs):
     strategy, start, run = LAUNCH[way]
     body = (
