@@ -1,6 +1,7 @@
 """What the strategy does to its process, and that nothing of it is left after teardown."""
 
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -243,3 +244,23 @@ assert losses[2] < losses[0], losses
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_it_trains_on_a_device(stage):
     subprocess.run([sys.executable, "-c", ON_A_DEVICE.replace("{stage}", str(stage))], check=True, timeout=170)
+
+
+def threads_over_time(stage):
+    """How many threads this process has after one Fabric, and after three more."""
+    counts = []
+    for fabrics in (1, 3):
+        for _ in range(fabrics):
+            fabric = launched(stage)
+            module = network()
+            fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+            fabric.teardown()
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fabrics_over_one_group_share_its_copy(stage, workers):
+    for first, last in workers(2).run(threads_over_time, stage):
+        assert last == first

@@ -9,13 +9,15 @@ from types import FunctionType, ModuleType
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 
 from fabric_deepspeed.backend import LOGGER
 
 _RANGES: Final = "deepspeed.utils.nvtx"
+_GROUPS: Final = "deepspeed.utils.groups"
 _MODULES: Final = (
     "deepspeed.comm.comm",
-    "deepspeed.utils.groups",
+    _GROUPS,
     _RANGES,
     "deepspeed.runtime.activation_checkpointing.checkpointing",
     "deepspeed.runtime.zero.parameter_offload",
@@ -26,16 +28,23 @@ _CONTAINERS: Final = (dict, list, set)
 
 
 class SharedState:
-    """Counts who uses DeepSpeed in this process; the first to come takes a picture, the last to leave restores it."""
+    """Counts who uses DeepSpeed in this process; the first to come takes a picture, the last to leave restores it.
+
+    DeepSpeed's copy of the default process group is used again as long as that group is the same: each copy has threads
+    that never end.
+    """
 
     def __init__(self) -> None:
         self.users = 0
         self._restore: Callable[[], None] | None = None
+        self._copies: list[tuple[Any, Any]] = []
 
     def enter(self, logging_level: int) -> None:
         """Take the picture if nobody else has, and set the level of DeepSpeed's log."""
         if self.users == 0:
             self._restore = _picture()
+            groups: Any = importlib.import_module(_GROUPS)
+            groups._WORLD_GROUP = next((copy for group, copy in self._copies if group is dist.group.WORLD), None)
         self.users += 1
         logger = logging.getLogger(LOGGER)
         logger.setLevel(logging_level)
@@ -46,6 +55,9 @@ class SharedState:
         """Restore the picture if nobody else is left."""
         self.users -= 1
         if self.users == 0 and self._restore is not None:
+            group, copy = dist.group.WORLD, getattr(importlib.import_module(_GROUPS), "_WORLD_GROUP", None)
+            if copy is not None and all(copy is not known for _, known in self._copies):
+                self._copies.append((group, copy))
             restore, self._restore = self._restore, None
             restore()
 
