@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_bnb.modes import MODES
+from fabric_core.checkpoint.self_loading import origin_of
 
 if TYPE_CHECKING:
     from fabric_bnb.linear import QuantizedLinear
@@ -118,11 +119,7 @@ def quantized_problem(state_dict: Mapping[str, Any], prefix: str) -> str | None:
 def may_rename(layer: nn.Module) -> bool:
     """Whether a hook may change keys before the layer sees them. That of bitsandbytes, for its old files, does not."""
     hooks = layer._load_state_dict_pre_hooks.values()
-    return any(not _module_of(getattr(hook, "hook", hook)).startswith("bitsandbytes.") for hook in hooks)
-
-
-def _module_of(function: Any) -> str:
-    return str(getattr(function, "__module__", ""))
+    return any(not origin_of(hook).startswith("bitsandbytes.") for hook in hooks)
 
 
 def problems_of_quantized(

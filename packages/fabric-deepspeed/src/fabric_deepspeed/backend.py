@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -197,26 +197,24 @@ def silenced() -> AbstractContextManager[Any]:
     return redirect_stdout(StringIO())
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """DeepSpeed's log shows warnings and errors only, whatever level it sets meanwhile."""
-    logger = logging.getLogger(LOGGER)
-    logger.addFilter(_is_serious)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_serious)
+    return _log_without_others(_is_serious)
+
+
+def without_notice_of_optimizer() -> AbstractContextManager[None]:
+    """DeepSpeed does not say that it does not know the optimizer: the strategy allows every one."""
+    return _log_without_others(_is_no_notice)
 
 
 @contextmanager
-def without_notice_of_optimizer() -> Iterator[None]:
-    """DeepSpeed does not say that it does not know the optimizer: the strategy allows every one."""
+def _log_without_others(wanted: Callable[[Any], bool]) -> Iterator[None]:
     logger = logging.getLogger(LOGGER)
-    logger.addFilter(_is_no_notice)
+    logger.addFilter(wanted)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_notice)
+        logger.removeFilter(wanted)
 
 
 def _is_no_notice(record: Any) -> bool:

@@ -33,11 +33,8 @@ def _align_gradients(swapper: Any) -> None:
     DeepSpeed reads each into a buffer, at its own place there; if that is not the beginning of a block, nothing is
     read, and the step takes what was in the buffer. The piece before stays in memory, as the one after the last block.
     """
-    inside, reference, width = (
-        type(swapper)._adjust_for_misaligned_lengths,
-        weakref.ref(swapper),
-        swapper.numel_alignment,
-    )
+    inside, reference = type(swapper)._adjust_for_misaligned_lengths, weakref.ref(swapper)
+    width = swapper.numel_alignment
 
     def adjust(tensors: Sequence[Tensor], offsets: Sequence[int]) -> Any:
         own = reference()

@@ -84,8 +84,8 @@ def plan_module(
         raise CheckpointError(f"{name} is a {type(saved).__name__} in the checkpoint, not the state of a module.")
     elsewhere = _memory_loaded_by_custom_code(module)
     # Custom code may rename and reshape: of what is below it, only that code can tell what fits.
-    below = tuple(prefix for prefix, _ in self_loading(module))
-    problems = own_problems(module, saved, strict) if below else []
+    custom = self_loading(module)
+    below, problems = tuple(prefix for prefix, _ in custom), list(own_problems(custom, saved, strict))
     _check_fit(module, _without(saved, below), _without(live, below), problems, strict, name)
     plan = Plan(saved, implicit=bool(elsewhere) and any(map(is_dtensor, live.values())))
     for key, target in live.items():

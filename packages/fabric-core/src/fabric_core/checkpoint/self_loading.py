@@ -17,7 +17,9 @@ from fabric_core.errors import InvalidTypeError
 
 def loads_itself(module: nn.Module) -> bool:
     """Whether the module has loading code of its own, or hooks that come before it."""
-    if any(not _is_of_torch(hook) for hook in getattr(module, "_load_state_dict_pre_hooks", {}).values()):
+    hooks = getattr(module, "_load_state_dict_pre_hooks", {}).values()
+    # Those of sharding and of activation checkpointing prepare the module, and put their prefix to names.
+    if any(not origin_of(hook).startswith("torch.distributed.") for hook in hooks):
         return True
     for method in ("load_state_dict", "_load_from_state_dict"):
         if method in vars(module):
@@ -38,15 +40,11 @@ def self_loading(module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def own_problems(module: nn.Module, saved: Mapping[str, Any], strict: bool) -> list[str]:
-    """What modules inside have against the clean ``saved``, as sentences without full stop.
+def own_problems(custom: list[tuple[str, nn.Module]], saved: Mapping[str, Any], strict: bool) -> Iterator[str]:
+    """What the modules that ``self_loading`` found have against the clean ``saved``: sentences without full stop.
 
     ``TypeError`` if one answers with something else than sentences.
     """
-    return list(_asked(self_loading(module), saved, strict))
-
-
-def _asked(custom: list[tuple[str, nn.Module]], saved: Mapping[str, Any], strict: bool) -> Iterator[str]:
     for number, (prefix, child) in enumerate(custom):
         ask = getattr(child, "state_dict_problems", None)
         if ask is None or any(prefix.startswith(above) for above, _ in custom[:number] if above != prefix):
@@ -60,6 +58,6 @@ def _asked(custom: list[tuple[str, nn.Module]], saved: Mapping[str, Any], strict
         yield from (sentence.rstrip(".") for sentence in answer)
 
 
-def _is_of_torch(hook: Any) -> bool:
-    # Those of sharding and of activation checkpointing prepare the module, and put their prefix to names.
-    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.")
+def origin_of(hook: Any) -> str:
+    """The name of the Python module that a hook of a module comes from."""
+    return str(getattr(getattr(hook, "hook", hook), "__module__", ""))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_core.checkpoint.portable import clean_name
-from fabric_core.checkpoint.self_loading import own_problems
+from fabric_core.checkpoint.self_loading import own_problems, self_loading
 from fabric_core.errors import CheckpointError, CheckpointKeyError
 from fabric_deepspeed.checkpoint.live import (
     FlatOptimizer,
@@ -78,7 +78,7 @@ def check_weights(engine: Engine, saved: Mapping[str, Any], strict: bool, option
     ]
     kind = type(engine.module).__name__
     told = [f"Different shapes: {'; '.join(shapes)}"] if shapes else []
-    told += own_problems(engine.module, saved, strict)
+    told += own_problems(self_loading(engine.module), saved, strict)
     if told:
         raise CheckpointError(f"{name} does not fit {kind}. Nothing was loaded. {'. '.join(told)}.")
     # Batch norms of old torch versions did not count batches; loading fills that in.

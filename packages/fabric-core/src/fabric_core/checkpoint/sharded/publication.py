@@ -51,7 +51,8 @@ def is_folder_to_replace(path: Path) -> bool:
     if is_remote(path):
         return False
     target = os.path.realpath(resolve(path))
-    recover(target)
+    if not os.path.lexists(target):
+        recover(target)  # otherwise whoever replaces it does
     return os.path.isdir(target) and layout_in(target) is not None
 
 
